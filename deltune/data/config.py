@@ -1,0 +1,51 @@
+"""The `data` section: where rows come from, how they become messages, and how messages become tokens. Light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltune.config.fields import option
+
+FORMATS = ("auto", "alpaca", "prompt_completion", "input_output", "sharegpt", "messages", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, folder or hub data set, and how its rows are read."""
+
+    path: str = option(help="File, folder, glob, `bundled`, or hub id as `hf:owner/name`.")
+    weight: float = option(1.0, "How often each row is seen per epoch; 0.5 sees a different half each epoch.", gt=0)
+    format: str | None = option(None, "Row format; null takes data.format.", choices=FORMATS)
+    fields: dict[str, str] = option({}, "Role of a field to the column that holds it, e.g. {output: reply}; adds to data.fields.")
+    split: str = option("train", "Split of a hub data set.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and evaluation data."""
+
+    train: list[str | Source] = option(["bundled"], "Files, folders, globs or hub ids (`hf:owner/name`); each a path or a mapping with weight, format, fields.")
+    eval: list[str | Source] = option([], "The same, for evaluation; empty evaluates on a part of the training rows if eval_size asks for it.")
+    eval_size: float = option(0.0, "Without data.eval: rows held out of the training data; below 1 a fraction, else a count.", ge=0)
+    mode: str = option("sft", "sft trains the answers, pretrain every token.", choices=("sft", "pretrain"))
+    format: str = option("auto", "Format of the rows; auto looks at the first rows.", choices=FORMATS)
+    fields: dict[str, str] = option({}, "Role of a field to the column that holds it, e.g. {output: reply}.")
+    template: str = option("auto", "chat: the tokenizer's chat template; alpaca: the Alpaca text frame; plain: prompt and answer joined; auto: chat if the tokenizer has one, else alpaca for instruction rows, else plain.", choices=("auto", "chat", "alpaca", "plain"))
+    system: str | None = option(None, "System message put before conversations that have none.")
+    meta_prompt: str = option("", "Text before the whole prompt.")
+    prefix: str = option("", "Text right before the user's text.")
+    postfix: str = option("", "Text right after the user's text.")
+    max_length: int = option(1024, "Longest example.", gt=1, unit="tokens")
+    max_source_length: int | None = option(None, "Longest prompt; a longer one loses its beginning.", gt=0, unit="tokens")
+    max_target_length: int | None = option(None, "Longest answer; a longer one loses its end and keeps its EOS.", gt=0, unit="tokens")
+    overlong: str = option("truncate", "What to do with an example over a limit.", choices=("truncate", "skip", "error"))
+    train_on_source: bool = option(False, "Train the prompt's tokens too.")
+    read_nums: int | None = option(None, "Use only this many training rows.", gt=0)
+    eval_read_nums: int | None = option(None, "Use only this many evaluation rows.", gt=0)
+    on_bad: str = option("stop", "A row that cannot be used: stop with the first five, or skip and write rejects.jsonl.", choices=("stop", "skip"))
+    shuffle: bool = option(True, "Visit rows in seeded random order, another one each epoch.")
+    group_by_length: bool = option(False, "Put rows of like length into one batch: less padding, less random batches.")
+    streaming: bool = option(False, "Read and tokenise rows as training goes, without a pass over all data first.")
+    stream_block: int = option(1024, "With streaming: rows shuffled together.", gt=0)
+    cache: str | None = option("auto", "Folder for tokenised data; auto is ~/.cache/deltune/tokens, null keeps it in memory.")
+    seed: int = option(42, "Seed of the order and of the held-out rows.", ge=0)

@@ -1,0 +1,38 @@
+"""The `engine` section: device, precision and how processes work together. Light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltune.config.fields import Choice, option
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What every engine has."""
+
+    name: str = option("single", "Engine.")
+    device: str = option("auto", "Device; auto takes CUDA, then Apple's MPS, then the CPU.", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("fp32", "Arithmetic of the forward pass: fp32 computes in the weights' own type, bf16 and fp16 under autocast.", choices=("fp32", "bf16", "fp16"))
+    threads: int | None = option(None, "CPU threads of one process; null leaves torch's choice.", gt=0)
+    deterministic: bool = option(True, "Ask torch for deterministic kernels where it has them.")
+
+
+@dataclass(frozen=True)
+class Single(EngineConfig):
+    """One process."""
+
+    name: str = option("single", "Engine.", choices=("single",))
+
+
+@dataclass(frozen=True)
+class DDP(EngineConfig):
+    """One process a device, gradients summed over all (`deltune launch -n N train engine=ddp`)."""
+
+    name: str = option("ddp", "Engine.", choices=("ddp",))
+    backend: str = option("auto", "Communication; auto is nccl on CUDA, gloo elsewhere.", choices=("auto", "gloo", "nccl"))
+    timeout_seconds: float = option(1800.0, "A rank that waits longer for its peers gives up.", gt=0, unit="s")
+    bucket_mb: float = option(25.0, "Gradients are summed in pieces of this size.", gt=0, unit="MB")
+
+
+ENGINES = Choice("name", {"single": Single, "ddp": DDP}, default="single", help="Device, precision, processes.")
