@@ -37,7 +37,7 @@ def tiny_config(**changes):
 
     settings = dict(
         vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=256, bos_token_id=257, eos_token_id=258,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
         tie_word_embeddings=False,
     )
     return LlamaConfig(**(settings | changes))
