@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
+
+from deltune.errors import DeltuneError
 
 
 def rank() -> int:
@@ -74,6 +77,26 @@ def gather_objects(value: Any) -> list[Any]:
     box: list[Any] = [None] * world_size()
     group.all_gather_object(box, value)
     return box
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and give its value to every rank; if it fails there, it fails everywhere.
+
+    A DeltuneError is raised anew on the other ranks, so that none waits for a peer that has given up.
+    """
+    value, fault = None, None
+    if is_main():
+        try:
+            value = action()
+        except DeltuneError as error:
+            fault = error
+    if world_size() > 1:
+        value, text = broadcast_object((value, None if fault is None else (type(fault), str(fault))))
+        if fault is None and text is not None:
+            raise text[0](text[1])
+    if fault is not None:
+        raise fault
+    return value
 
 
 @contextmanager

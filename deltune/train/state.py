@@ -1,0 +1,111 @@
+"""What a checkpoint holds: everything that the next step depends on, gathered from all parts and put back to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltune import dist
+from deltune.engines.engine import Engine
+from deltune.errors import CheckpointError
+from deltune.optim.build import load_optimizer_state, optimizer_state
+from deltune.train import randomness
+from deltune.train.checkpoints import CheckpointStore, Snapshot
+
+
+def moving_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: trained parameters, and buffers that a model keeps in its state dict."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    stored = model.state_dict(keep_vars=True)
+    buffers = {name: b for name, b in model.named_buffers() if name in stored}
+    return trained | buffers
+
+
+def load_moving_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put them back. CheckpointError if names or shapes are not this model's."""
+    own = moving_tensors(model)
+    if own.keys() != tensors.keys():
+        missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        raise CheckpointError(
+            f"the checkpoint is of another model: missing {missing[:3]}, left over {left[:3]} ({len(missing)} and {len(left)} in all)"
+        )
+    with torch.no_grad():
+        for name, target in own.items():
+            if target.shape != tensors[name].shape or target.dtype != tensors[name].dtype:
+                raise CheckpointError(
+                    f"the checkpoint's {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
+                    f"this model's {tuple(target.shape)} {target.dtype}"
+                )
+            target.copy_(tensors[name])
+
+
+class Saver:
+    """Saves and loads a run's whole state. Every rank calls; rank 0 writes."""
+
+    def __init__(self, store: CheckpointStore, config_hash: str):
+        self.store = store
+        self.config_hash = config_hash
+        self.last_saved: int | None = None
+
+    def save(
+        self, step: int, progress: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+        engine: Engine, loader: Any, *, best_step: int | None,
+    ) -> Path | None:
+        """Write the checkpoint of a step; None if this process has done so already."""
+        if step == self.last_saved:
+            return None
+        rng_tensors, rng_plain = randomness.capture()
+        mine = {"rng_tensors": rng_tensors, "rng": rng_plain, "loader": loader.state()}
+        everyone = dist.gather_objects(mine)
+
+        def write() -> str:
+            optim_tensors, optim_plain = optimizer_state(optimizer)
+            rng = {f"rank{i}.{name}": t for i, one in enumerate(everyone) for name, t in one["rng_tensors"].items()}
+            state = {
+                "config_hash": self.config_hash,
+                "progress": progress,
+                "optimizer": optim_plain,
+                "engine": engine.state(),
+                "ranks": [{"rng": one["rng"], "loader": one["loader"]} for one in everyone],
+            }
+            tensors = {"trainable": moving_tensors(model), "optimizer": optim_tensors, "rng": rng}
+            return str(self.store.save(Snapshot(step, tensors, state), best_step=best_step))
+
+        path = Path(dist.on_main(write))
+        self.last_saved = step
+        return path
+
+    def load_newest(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, engine: Engine, loader: Any
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Put the newest whole checkpoint's state back. (its progress or None, messages on damaged ones)."""
+
+        def find() -> tuple[int | None, list[str]]:
+            self.store.clean()
+            snapshot, complaints = self.store.newest()
+            return (None if snapshot is None else snapshot.step), complaints
+
+        step, complaints = dist.on_main(find)
+        if step is None:
+            return None, complaints
+        snapshot = self.store.load(step)
+        load_moving_tensors(model, snapshot.tensors["trainable"])
+        load_optimizer_state(optimizer, snapshot.tensors["optimizer"], snapshot.state["optimizer"])
+        engine.load_state(snapshot.state["engine"])
+        self._load_rank(snapshot, loader, step)
+        self.last_saved = step
+        return snapshot.state["progress"], complaints
+
+    def _load_rank(self, snapshot: Snapshot, loader: Any, step: int) -> None:
+        ranks = snapshot.state["ranks"]
+        if len(ranks) == dist.world_size():
+            own, prefix = ranks[dist.rank()], f"rank{dist.rank()}."
+            tensors = snapshot.tensors["rng"]
+            randomness.restore({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, own["rng"])
+        else:
+            # another number of processes: no rank's draws can be continued, so each starts a stream of its own
+            own = ranks[0]
+            randomness.seed_all(step * 1_000_003 + dist.rank())
+        loader.load_state(own["loader"])
