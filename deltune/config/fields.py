@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _EMPTY: tuple = ()
@@ -29,9 +31,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(cls: type, help: str = "") -> Any:
-    """A field that holds another section's dataclass with all its defaults."""
-    return dataclasses.field(default_factory=cls, metadata={"help": help})
+def section(cls: type, help: str = "", *, primary: str | None = None) -> Any:
+    """A field that holds another section's dataclass with all its defaults.
+
+    `primary` is the key that a plain value given to the whole section means: `model=./folder` is `model.path=./folder`.
+    """
+    return dataclasses.field(default_factory=cls, metadata={"help": help, "section": cls, "primary": primary})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Choice:
     """A section whose fields depend on a name in it: `schedule.name=cosine` makes the section a `Cosine`.
 
     `options` maps each name to a dataclass, or to "module:Class" so that heavy modules are imported only when chosen.
-    `key` is the field that holds the name. `optional` allows the whole section to be null.
+    `key` is the field that holds the name. `optional` allows the whole section to be null. `base` is a dataclass with
+    what every option has, so that help can be printed without importing the options.
     """
 
     key: str
@@ -47,6 +53,7 @@ class Choice:
     default: str | None
     optional: bool = False
     help: str = ""
+    base: type | None = None
 
     def resolve(self, name: str) -> type:
         """The dataclass of one name; KeyError if there is none."""
@@ -66,3 +73,55 @@ def choice(table: Choice) -> Any:
         return None if table.default is None else table.resolve(table.default)()
 
     return dataclasses.field(default_factory=build, metadata={"help": table.help, "table": table})
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default, built if need be; dataclasses.MISSING where a value must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """Each field's type, evaluated."""
+    return typing.get_type_hints(cls)
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type there is."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One setting of a root dataclass: where it is, what it may be, and which options of its section have it."""
+
+    path: tuple[str, ...]
+    hint: Any
+    field: dataclasses.Field
+    option: str | None = None  # the option of the nearest Choice that this field belongs to
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(self.path)
+
+
+def walk(cls: type, *, load: bool = True, path: tuple[str, ...] = (), option: str | None = None) -> Iterator[Key]:
+    """Every key below a dataclass, those of a Choice once for each option that has them.
+
+    With `load=False` options that would have to be imported are left out, and their table's `base` stands for them.
+    """
+    types_of = hints(cls)
+    for field in dataclasses.fields(cls):
+        here = (*path, field.name)
+        if "table" in field.metadata:
+            table: Choice = field.metadata["table"]
+            for name, found in table.options.items():
+                if load or not isinstance(found, str):
+                    yield from walk(table.resolve(name), load=load, path=here, option=name)
+            if not load and table.base is not None:
+                yield from walk(table.base, load=load, path=here)
+        elif "section" in field.metadata:
+            yield from walk(field.metadata["section"], load=load, path=here)
+        else:
+            yield Key(here, types_of[field.name], field, option)

@@ -1,0 +1,323 @@
+"""What each verb is told: sections put together, the rules that hold between them, and how words become settings.
+
+Every rule refuses a setting that would have no effect. A value that merely asks for nothing (a count of 0, `false`)
+is never refused, so that one file can serve several runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from deltune.adapters.config import ADAPTERS, AdapterConfig
+from deltune.config.fields import Choice, choice, option, section
+from deltune.data.config import DataConfig, Source
+from deltune.engines.config import ENGINES, EngineConfig, Single
+from deltune.models.config import ModelConfig
+from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
+from deltune.train.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+
+SINKS = ("tensorboard", "wandb", "mlflow", "trackio")
+SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
+METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
+NAME = re.compile(r"\w[\w.+=-]{0,199}")
+
+# help lists the keys that all methods have without importing the methods
+LIGHT_ADAPTERS: Choice = replace(ADAPTERS, base=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    name: str | None = option(None, "Folder below `output`; null makes one of model, method, data and a hash of the config.")
+    output: str = option("runs", "Folder of all runs.")
+    seed: int = option(42, "Seed of adapter start, dropout and random model starts.", ge=0)
+    resume: str = option("auto", "Continue the run that is in the folder: if there is one; never (a run there is an error); must be there.", choices=("auto", "never", "must"))
+    model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
+    data: DataConfig = section(DataConfig, "Training and evaluation data.", primary="train")
+    adapter: AdapterConfig | None = choice(LIGHT_ADAPTERS)
+    optim: OptimConfig = choice(OPTIMIZERS)
+    schedule: ScheduleConfig = choice(SCHEDULES)
+    engine: EngineConfig = choice(ENGINES)
+    train: TrainConfig = section(TrainConfig, "Length, batches, policy for numbers that break.")
+    eval: EvalConfig = section(EvalConfig, "Evaluation during training.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    log: LogConfig = section(LogConfig, "Progress and records.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves everything, relative to the current folder unless `output` is absolute."""
+        return Path(self.output) / (self.name or self._made_name())
+
+    def _made_name(self) -> str:
+        content = {key: value for key, value in self.to_dict().items() if key not in ("name", "output", "resume")}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        first = self.data.train[0]
+        source = first.path if isinstance(first, Source) else first
+        parts = (Path(self.model.path).name, self.adapter.method if self.adapter else "full", Path(source).stem)
+        return "-".join([*(re.sub(r"[^\w.]+", "-", part).strip("-.")[:40] or "x" for part in parts), digest])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved config as plain values."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved config as text that `deltune train FILE` reads back to an equal Run."""
+        from deltune.config.yaml_file import write
+
+        return write(self.to_dict())
+
+    def problems(self) -> list[str]:
+        rules = (_length_rules, _optimizer_rules, _model_rules, _data_rules, _evaluation_rules, _record_rules)
+        return [problem for rule in rules for problem in rule(self)]
+
+
+def _changed(value: Any, key: str) -> bool:
+    """Whether a section's field differs from its default."""
+    field = next(field for field in fields(value) if field.name == key)
+    default = field.default if field.default is not MISSING else field.default_factory()
+    return getattr(value, key) != default
+
+
+def _whole_if_count(key: str, value: float) -> Iterator[str]:
+    if value >= 1 and value != int(value):
+        yield f"{key} from 1 on is a count, so it must be a whole number"
+
+
+def _length_rules(run: Run) -> Iterator[str]:
+    train = run.train
+    if train.steps is not None and train.epochs is not None:
+        yield "train.steps cannot be given together with train.epochs: set one of them to null"
+    if train.nonfinite == "stop" and _changed(train, "max_nonfinite"):
+        yield "train.max_nonfinite has no effect with train.nonfinite=stop; choose skip or rollback"
+    if train.nonfinite == "rollback" and run.checkpoint.every is None:
+        yield "train.nonfinite=rollback needs checkpoints to go back to: set checkpoint.every"
+    if run.engine.name == "ddp" and run.engine.backend == "nccl" and run.engine.device in ("cpu", "mps"):
+        yield f"engine.backend=nccl needs CUDA, and engine.device is {run.engine.device}; gloo fits"
+
+
+def _optimizer_rules(run: Run) -> Iterator[str]:
+    optim, schedule = run.optim, run.schedule
+    if optim.lr_scales and optim.lr_values:
+        yield "optim.lr_scales cannot be given together with optim.lr_values: both set the rate of single parameters"
+    if optim.weight_decay == 0 and _changed(optim, "no_decay"):
+        yield "optim.no_decay has no effect while optim.weight_decay is 0"
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        yield "optim.nesterov needs optim.momentum above 0"
+    if schedule.auto_warmup_steps == 0 and _changed(schedule, "auto_warmup_rate"):
+        yield "schedule.auto_warmup_rate has no effect while schedule.auto_warmup_steps is 0"
+    yield from _whole_if_count("schedule.warmup", schedule.warmup)
+    if schedule.name == "wsd":
+        yield from _whole_if_count("schedule.decay", schedule.decay)
+
+
+def _model_rules(run: Run) -> Iterator[str]:
+    model = run.model
+    if run.adapter is not None:
+        for key in ("enable", "disable"):
+            if getattr(model, key):
+                yield f"model.{key} chooses among the model's own weights, which an adapter leaves frozen: use adapter=null, or adapter.modules_to_save"
+    yield from _revision_rule(model)
+
+
+def _revision_rule(model: ModelConfig) -> Iterator[str]:
+    if model.revision is not None and (model.path == "bundled" or Path(model.path).is_dir()):
+        yield f"model.revision has no effect: model.path={model.path} is not a hub id"
+
+
+def _data_rules(run: Run) -> Iterator[str]:
+    data = run.data
+    if not data.train:
+        yield "data.train needs at least one file"
+    if data.eval and data.eval_size:
+        yield "data.eval_size has no effect, since data.eval is given"
+    yield from _whole_if_count("data.eval_size", data.eval_size)
+    for key in ("max_source_length", "max_target_length"):
+        limit = getattr(data, key)
+        if limit is not None and limit >= data.max_length:
+            yield f"data.{key}={limit} has no effect: it must be below data.max_length, which is {data.max_length}"
+    if data.mode == "pretrain":
+        for key in ("max_source_length", "max_target_length", "train_on_source"):
+            if _changed(data, key):
+                yield f"data.{key} has no effect with data.mode=pretrain, which trains every token"
+    if data.streaming:
+        if data.group_by_length:
+            yield "data.group_by_length needs the lengths of all rows, which data.streaming does not know beforehand"
+        if data.eval_size:
+            yield "data.eval_size needs all rows, which data.streaming does not know beforehand: name a file in data.eval"
+        if run.train.steps is None:
+            yield "train.steps must be given with data.streaming: the number of rows is not known beforehand"
+        if not data.shuffle and _changed(data, "stream_block"):
+            yield "data.stream_block has no effect with data.shuffle=false"
+    elif _changed(data, "stream_block"):
+        yield "data.stream_block has no effect without data.streaming"
+
+
+def _evaluation_rules(run: Run) -> Iterator[str]:
+    settings = run.eval
+    if not run.data.eval and not run.data.eval_size:
+        for key in ("every", "micro_batch", "exact_match", "max_new_tokens", "metric", "direction", "patience", "min_delta"):
+            if _changed(settings, key):
+                yield f"eval.{key} has no effect without evaluation data: give data.eval or data.eval_size"
+        if run.data.eval_read_nums is not None:
+            yield "data.eval_read_nums has no effect without evaluation data: give data.eval or data.eval_size"
+        return
+    if settings.patience is not None and settings.every is None:
+        yield "eval.patience counts evaluations, so it needs eval.every"
+    if not settings.exact_match and settings.samples == 0 and _changed(settings, "max_new_tokens"):
+        yield "eval.max_new_tokens has no effect: nothing is generated with eval.exact_match=false and eval.samples=0"
+    if settings.metric == "exact_match" and not settings.exact_match:
+        yield "eval.metric=exact_match is only measured with eval.exact_match=true"
+    if settings.metric not in METRICS and settings.direction == "auto":
+        known = ", ".join(METRICS)
+        yield f"eval.direction must be min or max for eval.metric={settings.metric}; auto knows {known}"
+
+
+def _record_rules(run: Run) -> Iterator[str]:
+    log = run.log
+    if run.name is not None and not NAME.fullmatch(run.name):
+        yield "name must be a plain folder name: letters, digits and . _ + = -, not starting with a sign, at most 200"
+    for sink in log.sinks:
+        if sink not in SINKS:
+            from deltune.config.suggest import closest
+
+            yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, SINKS)}"
+    if _changed(log, "project") and not set(log.sinks) & set(SINKS_WITH_PROJECT):
+        yield f"log.project has no effect: none of {', '.join(SINKS_WITH_PROJECT)} is in log.sinks"
+    if log.progress in ("bar", "off") and _changed(log, "lines_every_seconds"):
+        yield f"log.lines_every_seconds has no effect with log.progress={log.progress}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The base model, and what a run made of it."""
+
+    run: str | None = option(None, "A run's folder: model, adapter and the way prompts are written come from it.")
+    model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
+    adapter: str | None = option(None, "Folder of an adapter, or of the run that made it; null uses the model as it is.")
+    engine: Single = section(Single, "Device and precision.")
+
+    def problems(self) -> list[str]:
+        found = list(_revision_rule(self.model))
+        for key in ("enable", "disable", "gradient_checkpointing"):
+            if getattr(self.model, key):
+                found.append(f"model.{key} has no effect: nothing is trained here")
+        return found
+
+
+@dataclass(frozen=True)
+class Generation(Trained):
+    """How prompts are written and answers drawn."""
+
+    template: str = option("auto", "Frame of a prompt, as data.template.", choices=("auto", "chat", "alpaca", "plain"))
+    system: str | None = option(None, "System message.")
+    meta_prompt: str = option("", "Text before the whole prompt.")
+    prefix: str = option("", "Text right before the user's text.")
+    postfix: str = option("", "Text right after the user's text.")
+    max_new_tokens: int = option(256, "Longest answer.", gt=0, unit="tokens")
+    temperature: float = option(0.0, "0 takes the most probable token each time; above 0 draws.", ge=0)
+    top_p: float = option(1.0, "Draw from the smallest set of tokens with this much probability.", gt=0, le=1)
+    top_k: int = option(0, "Draw from this many most probable tokens; 0 from all.", ge=0)
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens that already appeared less probable (arXiv:1909.05858).", gt=0)
+    seed: int = option(42, "Seed of the draws.", ge=0)
+    stop: list[str] = option([], "Texts that end an answer; they are not part of it.")
+
+    @property
+    def do_sample(self) -> bool:
+        return self.temperature > 0
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not self.do_sample:
+            for key in ("top_p", "top_k"):
+                if _changed(self, key):
+                    found.append(f"{key} has no effect while temperature is 0: nothing is drawn")
+        return found
+
+
+@dataclass(frozen=True)
+class GenerateSettings(Generation):
+    """Answers to one prompt, or to a file of them."""
+
+    prompt: str | None = option(None, "The prompt.")
+    file: str | None = option(None, "File of prompts: JSONL with `prompt` (or rows as for training), or text with one prompt a line.")
+    out: str | None = option(None, "JSONL file for the answers to `file`; null prints them.")
+    batch: int = option(8, "Prompts answered together.", gt=0)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if (self.prompt is None) == (self.file is None):
+            found.append("prompt or file must be given, and not both: prompt='...' or file=prompts.jsonl")
+        if self.file is None and self.out is not None:
+            found.append("out has no effect without file: a single prompt's answer is printed")
+        if self.file is None and _changed(self, "batch"):
+            found.append("batch has no effect without file")
+        return found
+
+
+@dataclass(frozen=True)
+class ChatSettings(Generation):
+    """A conversation at the terminal."""
+
+
+@dataclass(frozen=True)
+class EvalSettings(Trained):
+    """Loss, perplexity, token accuracy and exact match of a model on evaluation data."""
+
+    data: DataConfig = section(DataConfig, "Evaluation data: `eval`, or `eval_size` of the training rows.", primary="eval")
+    micro_batch: int = option(8, "Examples in one forward pass.", gt=0)
+    exact_match: bool = option(False, "Also generate an answer to each prompt and compare.")
+    max_new_tokens: int = option(64, "Longest generated answer.", gt=0, unit="tokens")
+    out: str | None = option(None, "JSON file for the metrics; with exact_match also the answers.")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not self.data.eval and not self.data.eval_size:
+            found.append("data.eval must name evaluation data: data=FILE")
+        if self.data.eval and self.data.eval_size:
+            found.append("data.eval_size has no effect, since data.eval is given")
+        if not self.exact_match and _changed(self, "max_new_tokens"):
+            found.append("max_new_tokens has no effect without exact_match: nothing is generated")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(Trained):
+    """An adapter folded into its base model, written as a Hugging Face model folder."""
+
+    out: str = option(help="Folder for the merged model; must not exist or be empty.")
+    dtype: str = option("auto", "Storage type of the merged weights; auto keeps the base model's.", choices=("auto", "float32", "bfloat16", "float16"))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.adapter is None:
+            found.append("adapter must name the adapter's folder: adapter=FOLDER or run=RUN")
+        return found
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """The tokenised examples as the trainer will see them."""
+
+    model: ModelConfig = section(ModelConfig, "Model whose tokenizer is used.", primary="path")
+    data: DataConfig = section(DataConfig, "Data to look at.", primary="train")
+    rows: int = option(3, "Examples shown.", gt=0)
+    start: int = option(0, "First example shown.", ge=0)
+    part: str = option("train", "Training or evaluation rows.", choices=("train", "eval"))
+    color: str = option("auto", "Colour; auto looks whether the output is a terminal.", choices=("auto", "always", "never"))
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """A starter config from a look at a model and a data file."""
+
+    model: str | None = option(None, "Model folder, hub id or `bundled`; null asks.")
+    data: str | None = option(None, "Data file; null asks.")
+    out: str = option("deltune.yaml", "The file to write.")
+    overwrite: bool = option(False, "Replace the file if it is there.")
