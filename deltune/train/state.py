@@ -44,9 +44,8 @@ def load_moving_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]
 class Saver:
     """Saves and loads a run's whole state. Every rank calls; rank 0 writes."""
 
-    def __init__(self, store: CheckpointStore, config_hash: str):
+    def __init__(self, store: CheckpointStore):
         self.store = store
-        self.config_hash = config_hash
         self.last_saved: int | None = None
 
     def save(
@@ -64,7 +63,6 @@ class Saver:
             optim_tensors, optim_plain = optimizer_state(optimizer)
             rng = {f"rank{i}.{name}": t for i, one in enumerate(everyone) for name, t in one["rng_tensors"].items()}
             state = {
-                "config_hash": self.config_hash,
                 "progress": progress,
                 "optimizer": optim_plain,
                 "engine": engine.state(),

@@ -1,0 +1,467 @@
+"""`deltune train`: the parts put together, read top to bottom; `train(config)` is the same from Python.
+
+Order matters in three places. The folder is locked before anything is read from it. Everything random starts from
+run.seed right before the first step, so that evaluations beforehand change nothing. A checkpoint is loaded last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltune import dist, log
+from deltune.errors import CheckpointError, DataError, EngineError
+from deltune.log import logger
+
+if TYPE_CHECKING:
+    from deltune.settings import Run
+    from deltune.train.callbacks import Callback, Outcome, RunInfo, Sample, StepRecord
+    from deltune.train.loop import Loop
+    from deltune.train.loss import ForwardStep
+
+# A resumed run may differ from its first start in these and still be the same run.
+MAY_CHANGE = ("log", "checkpoint", "resume", "output", "name", "train.steps", "train.epochs", "train.nonfinite",
+              "train.max_nonfinite", "engine", "eval", "data.cache")  # fmt: skip
+
+
+def main(words: list[str], file: Path | None) -> int:
+    """The verb."""
+    from deltune.settings import load_run
+
+    run = load_run(words, file)
+    log.set_up()
+    outcome = train(run)
+    if dist.is_main():
+        print_next_steps(run, outcome)
+    return 0
+
+
+def train(
+    config: Run | Mapping[str, Any] | str | Path | Sequence[str],
+    *,
+    callbacks: Sequence[Callback] = (),
+    forward_step: ForwardStep | None = None,
+    eval_step: ForwardStep | None = None,
+    task_print: Callable[[StepRecord], str] | None = None,
+) -> Outcome:
+    """Train as a config says and return how it went, with the model in `outcome.model`.
+
+    `config` is a Run, a mapping (nested or with dotted keys), a YAML file or a list of command-line words.
+    `forward_step(model, batch)` returns the loss summed over the batch's trained tokens, or that and a dict of
+    scalars to log; `eval_step` is the same for evaluation; `task_print(record)` returns text for the log of a step.
+    Raises a DeltuneError for whatever a user can mend, Interrupted after a signal, NumericsError when numbers break.
+    """
+    from deltune.engines.build import build
+    from deltune.settings import run_from
+    from deltune.train.loss import causal_lm_step
+
+    run = run_from(config)
+    engine = build(run.engine)
+    try:
+        with owned(run), peers_watched():
+            done = completed(run)
+            if done is not None:
+                return done
+            session = Session(run, engine, forward_step or causal_lm_step, eval_step, task_print)
+            return session.go(callbacks)
+    finally:
+        engine.close()
+
+
+# -- the run folder ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def owned(run: Run) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0, and make sure that what is in it belongs to this run."""
+    from deltune.train.lock import FolderLock
+    from deltune.train.storage import write_text
+
+    lock = FolderLock(run.folder)
+
+    def enter() -> None:
+        lock.acquire()
+        check_same_run(run)
+        write_text(run.folder / "config.yaml", run.to_yaml())
+
+    try:
+        dist.on_main(enter)
+        yield
+    finally:
+        lock.release()
+
+
+def check_same_run(run: Run) -> None:
+    """CheckpointError if the folder holds another run, or one that this start may not touch."""
+    from deltune.settings import load_run
+
+    saved = run.folder / "config.yaml"
+    started = saved.exists() and ((run.folder / "checkpoints").exists() or (run.folder / "metrics.jsonl").exists())
+    if run.resume == "must" and not (run.folder / "checkpoints").exists():
+        raise CheckpointError(f"{run.folder}: resume=must, but there is no checkpoint. What fits: resume=auto to start afresh.")
+    if not started:
+        return
+    if run.resume == "never":
+        raise CheckpointError(
+            f"{run.folder}: already holds a run. What fits: resume=auto goes on with it, name=... makes another, "
+            "or remove the folder yourself."
+        )
+    old, new = flatten(load_run([], saved).to_dict()), flatten(run.to_dict())
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]
+    if changed:
+        lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:10]]
+        raise CheckpointError(
+            f"{run.folder}: holds a run with other settings, which this one cannot go on with:\n" + "\n".join(lines)
+            + "\nWhat fits: the same settings, or another name=..."
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def completed(run: Run) -> Outcome | None:
+    """The outcome of a run that has ended, unless it is now asked for more steps than it made."""
+    from deltune.train.callbacks import Outcome
+
+    file = run.folder / "completed.json"
+    if not file.exists():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if facts["num_steps_asked"] != [run.train.steps, run.train.epochs]:
+        return None
+    if dist.is_main() and run.log.report and not (run.folder / "report.html").exists():
+        write_report_files(run.folder)  # a run killed between its end and its report
+    logger.info("%s is complete (step %d). Another name=... makes another run.", run.folder, facts["step"])
+    return Outcome(
+        folder=run.folder, step=facts["step"], stopped_by="already_complete", best_step=facts["best_step"],
+        best_metric=facts["best_metric"], metrics_before=facts["metrics_before"], metrics_after=facts["metrics_after"],
+        adapter=run.folder / ("model" if run.adapter is None else "adapter"), seconds=facts["seconds"],
+    )
+
+
+@contextmanager
+def peers_watched() -> Iterator[None]:
+    """A collective that breaks because a peer died becomes one message."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+        if dist.world_size() > 1 and any(sign in text for sign in lost):
+            raise EngineError(
+                "another process of this run has died, so this one stops too. The last checkpoint stands: look at the first "
+                "error above, then start the same command again."
+            ) from None
+        raise
+
+
+# -- one run ----------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """Everything of one run between the lock and the report."""
+
+    def __init__(
+        self, run: Run, engine: Any, forward_step: ForwardStep, eval_step: ForwardStep | None,
+        task_print: Callable[[StepRecord], str] | None,
+    ):
+        self.run, self.engine = run, engine
+        self.forward_step, self.eval_step, self.task_print = forward_step, eval_step, task_print
+        self.last_eval: tuple[int, dict[str, float]] | None = None
+
+    def go(self, callbacks: Sequence[Callback]) -> Outcome:
+        began = time.perf_counter()
+        self.load_data()
+        self.load_model()
+        loop = self.build_loop()
+        self.start(loop, callbacks)
+        stopped_by = loop.run()
+        outcome = self.finish(loop, stopped_by, time.perf_counter() - began)
+        for callback in loop.callbacks:
+            callback.on_end(outcome)
+        if dist.is_main():
+            self.write_ending(loop, outcome)
+        dist.barrier()
+        return outcome
+
+    def load_data(self) -> None:
+        """Tokenizer and tokens; rank 0 first, so that the others find its cache."""
+        from deltune.data.prepare import prepare
+        from deltune.models.load import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.run.model)
+        if dist.is_main():
+            self.data = prepare(self.run.data, self.tokenizer, folder=self.run.folder)
+        dist.barrier()
+        if not dist.is_main():
+            self.data = prepare(self.run.data, self.tokenizer, folder=None)
+
+    def load_model(self) -> None:
+        """Weights in place, and it is settled which of them move."""
+        from deltune.models.load import check_pair, load
+        from deltune.models.select import parameter_table, select_trainable
+
+        run = self.run
+        model = load(run.model, device="cpu", seed=run.seed)
+        check_pair(model.config, self.tokenizer)
+        if run.adapter is None:
+            select_trainable(model, run.model.enable, run.model.disable)
+        else:
+            from deltune.adapters.attach import attach
+
+            attach(model, run.adapter, seed=run.seed)
+        self.model = self.engine.place(model)
+        self.parameter_table = parameter_table(self.model)
+
+    def build_loop(self) -> Loop:
+        from deltune.data.loader import Loader
+        from deltune.optim.build import build_optimizer
+        from deltune.optim.groups import parameter_groups
+        from deltune.optim.schedules import schedule
+        from deltune.train.checkpoints import CheckpointStore
+        from deltune.train.loop import Loop
+        from deltune.train.state import Saver
+
+        run, engine = self.run, self.engine
+        loader = Loader(
+            self.data.train, micro_batch=run.train.micro_batch, accumulate=run.train.accumulate, rank=engine.rank,
+            world_size=engine.world_size, seed=run.data.seed, shuffle=run.data.shuffle,
+            group_by_length=run.data.group_by_length, pad_id=self.tokenizer.pad_token_id,
+            num_examples=self.num_examples(),
+        )
+        num_steps = self.num_steps(loader)
+        optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim), run.optim)
+        store = CheckpointStore(run.folder / "checkpoints", run.checkpoint.save_total_limit)
+        return Loop(
+            self.model, loader=loader, optimizer=optimizer, schedule=schedule(run.schedule, num_steps), engine=engine,
+            info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
+            max_grad_norm=run.optim.max_grad_norm, saver=Saver(store),
+            evaluate=None if self.data.evaluation is None else self.evaluate, forward_step=self.forward_step,
+            log_every=run.log.every,
+        )
+
+    def num_examples(self) -> int | None:
+        """Examples of the whole run where epochs say so; with steps there is no bound."""
+        if self.run.train.steps is not None or self.run.data.streaming:
+            return None
+        return round((self.run.train.epochs or 1.0) * self.data.train.examples_per_epoch)
+
+    def num_steps(self, loader: Any) -> int:
+        train = self.run.train
+        if train.steps is not None:
+            return train.steps
+        if loader.examples_per_epoch is None:
+            raise DataError("data.streaming=true: how long an epoch is, is known at its end only. What fits: train.steps=N.")
+        return loader.num_steps(train.epochs or 1.0)
+
+    def describe(self, num_steps: int) -> RunInfo:
+        from deltune.commands.describe_run import description
+        from deltune.models.cost import device_peak_flops, flops_per_token
+        from deltune.train.callbacks import RunInfo
+
+        run = self.run
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, run.engine.precision)
+        length = self.data.report.mean_length
+        return RunInfo(
+            folder=run.folder, name=run.folder.name, num_steps=num_steps, start_step=0,
+            num_trainable=sum(n for n, moves in counts if moves), num_parameters=sum(n for n, _ in counts),
+            config=run.to_dict(), parameter_table=self.parameter_table,
+            flops_per_token=flops_per_token(self.model, length), peak_flops=peak,
+            description=description(run, self.engine, self.data, self.tokenizer),
+        )
+
+    # -- before the first step ------------------------------------------------------------------------------------
+
+    def start(self, loop: Loop, callbacks: Sequence[Callback]) -> None:
+        """Numbers before training, the newest checkpoint, the records up to it, and everyone told."""
+        import dataclasses
+
+        from deltune.train import randomness
+        from deltune.train.console import Console
+        from deltune.train.metrics import MetricsFile, truncate_after
+        from deltune.train.sinks import build_sinks
+
+        run, metrics_file = self.run, self.run.folder / "metrics.jsonl"
+        before_file = run.folder / "before.json"
+        fresh = not before_file.exists()
+        if fresh:
+            self.before = self.measure_before()
+        randomness.seed_all(run.seed + dist.rank())
+        complaints = loop.resume()
+        if not fresh:
+            self.before = json.loads(before_file.read_text(encoding="utf-8"))
+        if run.resume == "must" and loop.progress.step == 0:
+            raise CheckpointError(f"{run.folder}: resume=must, but no checkpoint is whole: " + "; ".join(complaints))
+        loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step)
+        if dist.is_main():
+            truncate_after(metrics_file, loop.progress.step)
+            loop.callbacks += [MetricsFile(metrics_file), *build_sinks(run.log, run.folder), Console(run.log)]
+        if self.task_print is not None:
+            loop.callbacks.append(task_printer(self.task_print))
+        loop.callbacks += callbacks
+        for callback in loop.callbacks:
+            callback.on_start(loop.info)
+        for complaint in complaints:
+            loop.event(f"passed over a damaged checkpoint: {complaint}")
+        if loop.progress.step:
+            loop.event(f"resumed after step {loop.progress.step}")
+        if fresh and self.before["metrics"]:
+            self.tell_before(loop)
+
+    def measure_before(self) -> dict[str, Any]:
+        from deltune.train.storage import write_json
+
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, str]] = []
+        if self.data.evaluation is not None and self.run.eval.at_start:
+            metrics = self.evaluate()
+            samples = self.samples()
+        before = {"metrics": metrics, "samples": samples}
+        dist.on_main(lambda: write_json(self.run.folder / "before.json", before))
+        return before
+
+    def tell_before(self, loop: Loop) -> None:
+        from deltune.train.callbacks import EvalRecord
+
+        for callback in loop.callbacks:
+            callback.on_eval(EvalRecord(0, self.before["metrics"], is_best=False, seconds=0.0))
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the whole evaluation set, over all ranks."""
+        from deltune.data.loader import eval_batches
+        from deltune.evaluate.lm import evaluate
+
+        run, engine = self.run, self.engine
+        batches = eval_batches(
+            self.data.evaluation, micro_batch=run.eval.micro_batch or run.train.micro_batch, rank=engine.rank,
+            world_size=engine.world_size, pad_id=self.tokenizer.pad_token_id,
+        )
+        metrics = evaluate(self.model, batches, forward=self.eval_step, autocast=engine.autocast, device=engine.device)
+        if run.eval.exact_match:
+            score, self.answers = self.generate(limit=None)
+            metrics["exact_match"] = score["exact_match"]
+        return metrics
+
+    def generate(self, limit: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        from deltune.evaluate.exact import exact_match
+        from deltune.models.generation import GenerateOptions
+
+        options = GenerateOptions(max_new_tokens=self.run.eval.max_new_tokens)
+        return exact_match(self.model, self.tokenizer, self.data.evaluation, options, limit=limit)
+
+    def samples(self) -> list[dict[str, str]]:
+        """The first few evaluation prompts with their answers by the weights as they are."""
+        count = self.run.eval.samples
+        if count == 0:
+            return []
+        answers = self.answers if self.run.eval.exact_match else self.generate(limit=count)[1]
+        return [{k: answer[k] for k in ("prompt", "reference", "prediction")} for answer in answers[:count]]
+
+    # -- after the last step ----------------------------------------------------------------------------------------
+
+    def finish(self, loop: Loop, stopped_by: str, seconds: float) -> Outcome:
+        """The best weights back in place, measured and exported."""
+        from deltune.train.callbacks import Outcome, Sample
+        from deltune.train.state import load_moving_tensors
+
+        progress, store = loop.progress, loop.saver.store
+        best = progress.best_step
+        if best is not None and best != progress.step and self.run.checkpoint.load_best:
+            load_moving_tensors(self.model, store.load(best).tensors["trainable"])
+        after: dict[str, float] = {}
+        samples: list[Sample] = []
+        if self.data.evaluation is not None:
+            after = self.evaluate()
+            old = self.before["samples"]
+            samples = [
+                Sample(s["prompt"], s["reference"], old[i]["prediction"] if i < len(old) else "", s["prediction"])
+                for i, s in enumerate(self.samples())
+            ]
+        exported = Path(dist.on_main(self.export))
+        return Outcome(
+            folder=self.run.folder, step=progress.step, stopped_by=stopped_by, metrics_before=self.before["metrics"],
+            metrics_after=after, best_step=best, best_metric=progress.best_metric, adapter=exported, samples=samples,
+            seconds=seconds, model=self.model, tokenizer=self.tokenizer,
+        )
+
+    def export(self) -> str:
+        """The adapter as PEFT's files, or the whole model as a Hugging Face folder."""
+        if self.run.adapter is not None:
+            from deltune.adapters.files import save_adapter
+
+            save_adapter(self.model, self.run.folder / "adapter", base=self.run.model.path)
+            return str(self.run.folder / "adapter")
+        from deltune.models.load import save_model
+
+        save_model(self.model, self.tokenizer, self.run.folder / "model")
+        return str(self.run.folder / "model")
+
+    def write_ending(self, loop: Loop, outcome: Outcome) -> None:
+        """Samples, report, card; the mark of completion last."""
+        from deltune.train.storage import write_json
+
+        folder = self.run.folder
+        write_json(folder / "samples.json", [vars(s) for s in outcome.samples])
+        facts = {
+            "step": outcome.step, "stopped_by": outcome.stopped_by, "best_step": outcome.best_step,
+            "best_metric": outcome.best_metric, "metrics_before": outcome.metrics_before,
+            "metrics_after": outcome.metrics_after, "seconds": outcome.seconds, "loss_chain": loop.progress.loss_chain,
+            "num_steps_asked": [self.run.train.steps, self.run.train.epochs],
+        }
+        write_json(folder / "completed.json", facts)
+        if self.run.log.report:
+            write_report_files(folder)
+
+
+def write_report_files(folder: Path) -> None:
+    """The loss curve, the model card and the report, from what the folder holds."""
+    from deltune.train.card import write_card
+    from deltune.train.plots import loss_png
+    from deltune.train.report import write_report
+
+    loss_png(folder)
+    write_card(folder)
+    write_report(folder)
+
+
+def task_printer(task_print: Callable[[StepRecord], str]) -> Callback:
+    """A callback that logs a user's own text for each step."""
+    from deltune.train.callbacks import Callback
+
+    class TaskPrint(Callback):
+        def on_step(self, record: StepRecord) -> None:
+            text = task_print(record)
+            if text:
+                logger.info("step %d  %s", record.step, text)
+
+    return TaskPrint()
+
+
+def print_next_steps(run: Run, outcome: Outcome) -> None:
+    """The commands that a user most likely wants now."""
+    folder = outcome.folder
+    print(f"\n{'Adapter' if run.adapter else 'Model'}: {outcome.adapter}")
+    if run.log.report:
+        print(f"Report: {folder / 'report.html'}")
+    what = f"run={folder}"
+    print(
+        "\nTry next:\n"
+        f"  deltune chat {what}\n"
+        f"  deltune eval {what}\n"
+        f"  deltune {'merge ' + what + ' out=' + str(folder / 'merged') if run.adapter else 'generate ' + what + ' prompt=...'}"
+    )
