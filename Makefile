@@ -6,16 +6,42 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test slow faults bench lint docs base-model clean
 
+demo: $(STAMP)
+	@$(BIN)/deltune train preset=demo
+
+# the tests that start processes of their own run on both cores with the rest
+test: $(STAMP)
+	$(BIN)/ruff check deltune tests benchmarks recipes
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+# kills, bit flips, full disks, at full size; rewrites the table in docs/reliability.md
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.lora_step --dtype float32 --out benchmarks/results/lora_step_fp32.json
+	$(BIN)/python -m benchmarks.lora_step --dtype bfloat16 --out benchmarks/results/lora_step_bf16.json
+
+# the pages that are generated from the code
+docs: $(STAMP)
+	$(BIN)/python -m deltune.commands.list --write-docs
+
+lint: $(STAMP)
+	$(BIN)/ruff check deltune tests benchmarks recipes
+
+# writes the corpus, builds the tokenizer, trains with deltune itself, measures and installs into the package
+base-model: $(STAMP)
+	$(BIN)/python -m recipes.base_model.build
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
 # torch first and by its pin: an unpinned torch pulls gigabytes of CUDA libraries
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
-
-test: $(STAMP)
-	$(BIN)/ruff check deltune tests benchmarks
-	$(BIN)/python -m pytest -q -n 2
-
-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow

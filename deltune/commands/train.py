@@ -249,7 +249,6 @@ class Session:
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store),
             evaluate=None if self.data.evaluation is None else self.evaluate, forward_step=self.forward_step,
-            log_every=run.log.every,
         )
 
     def num_examples(self) -> int | None:
