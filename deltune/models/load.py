@@ -1,0 +1,274 @@
+"""Loads a causal language model and its tokenizer from a Hugging Face folder: safetensors only, no code but
+transformers', and never a weight that the folder lacks filled in by chance."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltune.errors import ModelError
+from deltune.log import logger
+from deltune.models import folder as folders
+from deltune.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> PreTrainedModel:
+    """The model in eval mode, all parameters trainable, on `device`.
+
+    `seed` draws the weights of `start=random`, the same ones whatever was drawn before. Raises ModelError.
+    """
+    where = f"model.path={config.path}"
+    folder = folders.find(config.path, config.revision, weights=config.start == "pretrained")
+    architecture = read_config(folder, where)
+    if config.start == "random":
+        model = _draw(architecture, folder, config, where, seed)
+    else:
+        model = _read(architecture, folder, config, where)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model, where)
+    return model.eval().to(device)
+
+
+def empty(config: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: names, shapes and types without memory; no weight file is opened."""
+    where = f"model.path={config.path}"
+    folder = folders.find(config.path, config.revision, weights=False)
+    architecture = read_config(folder, where)
+    with torch.device("meta"):
+        return _from_config(architecture, config, where)
+
+
+def read_config(folder: Path, where: str) -> PretrainedConfig:
+    """The folder's config.json as transformers understands it; ModelError if it is not a causal language model's."""
+    if not (folder / "config.json").is_file():
+        raise folders.missing_config(folder, where)
+    values = folders.read_json(folder / "config.json", where)
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{where}: config.json names no model_type; keys found: {', '.join(list(values)[:8])}.")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CAUSAL), n=3, cutoff=0.5)
+        raise ModelError(f"{where}: transformers {__version__} does not know model_type {model_type!r}. " + (f"Nearest: {', '.join(near)}. " if near else "") + "A newer transformers may.")
+    names = CAUSAL.get(model_type, ())
+    names = (names,) if isinstance(names, str) else names
+    stated = values.get("architectures") or []
+    if not names or (stated and not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)):
+        found = ", ".join(stated) or f"model_type {model_type!r}"
+        raise ModelError(f"{where}: not a causal language model: config.json says {found}. " + (f"What fits: {', '.join(names)}." if names else "What fits: a decoder such as llama, qwen3, gpt2."))
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(f"{where}: the weights are stored quantised ({method}), which cannot be trained here. What fits: the unquantised model.")
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:  # a field of the wrong type, a shape that cannot be
+        raise ModelError(f"{where}: config.json does not describe a {model_type} model: {_cause(error)}") from None
+
+
+def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    folders.weight_files(folder, where)
+    try:
+        with quiet_transformers():  # its report of the loaded names is read below instead
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=architecture,
+                dtype=_dtype(config.dtype),
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{where}: {_cause(error)}") from None
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"], key=lambda item: item[0])[0]
+        raise ModelError(f"{where}: {len(info['mismatched_keys'])} tensors have another shape than config.json says, first {name}: file {list(found)}, config {list(expected)}.")
+    if info["missing_keys"]:
+        raise ModelError(f"{where}: {_some(info['missing_keys'])} not in the weight files, though config.json ({type(model).__name__}) needs them.")
+    if info["unexpected_keys"]:
+        logger.warning("%s: left out %s, which %s has no place for", where, _some(info["unexpected_keys"]), type(model).__name__)
+    return model
+
+
+def _draw(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str, seed: int) -> PreTrainedModel:
+    from transformers import GenerationConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _from_config(architecture, config, where)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _from_config(architecture: PretrainedConfig, config: ModelConfig, where: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    dtype = _dtype(config.dtype)
+    if dtype == "auto":  # what _read would find, or for a random start the type that loses nothing
+        dtype = torch.float32 if config.start == "random" else architecture.dtype or torch.float32
+    try:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{where}: {_cause(error)}") from None
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    return {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _checkpoint_gradients(model: PreTrainedModel, where: str) -> None:
+    try:
+        # not re-entrant: the re-entrant form drops gradients where a block's input needs none, as under an adapter
+        if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 6 keeps
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(f"{where}: {type(model).__name__} cannot recompute activations. What fits: model.gradient_checkpointing=false") from None
+    model.config.use_cache = False
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right, with EOS and a pad token, and the chat template that the config names.
+
+    Padding is masked and never trained, so which token pads changes no number. Where the folder names none it is the
+    unknown token if there is one, else EOS: a reader who masks by id then still sees the EOS of an answer.
+    """
+    from transformers import AutoTokenizer
+
+    key, path = ("model.tokenizer", config.tokenizer) if config.tokenizer else ("model.path", config.path)
+    folder = folders.find(path, None if config.tokenizer else config.revision, key=key, weights=False)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        shown = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
+        raise ModelError(f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found {shown}). What fits: model.tokenizer=<a folder with one>")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"{key}={path}: the tokenizer does not load: {_cause(error)}") from None
+    except Exception as error:
+        # the Rust library raises its parse errors as plain Exception; any other class is not the folder's fault
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"{key}={path}: tokenizer.json does not load: {_cause(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{key}={path}: the tokenizer has no EOS token, so no answer could end. What fits: eos_token in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(Path(config.chat_template).expanduser(), tokenizer)
+    return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a chat template file, compiled once to see its faults now."""
+    import jinja2
+
+    where = f"model.chat_template={file}"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{where}: cannot be read: {_cause(error)}") from None
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"{where} line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateError:
+        pass  # it parses, but refuses a conversation of this one message, as templates may
+    return text
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a Hugging Face folder; it appears under its name only when it is whole, in place of an older one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    use_cache, model.config.use_cache = model.config.use_cache, True  # off only while activations are recomputed
+    try:
+        with quiet_transformers():
+            model.save_pretrained(new, max_shard_size="5GB")
+    finally:
+        model.config.use_cache = use_cache
+    if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+    for file in new.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_pair(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ModelError if the tokenizer can write an id for which the model has no embedding."""
+    size = model_config.get_text_config().vocab_size
+    outside = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
+    if outside:
+        shown = ", ".join(f"{token!r} ({i})" for token, i in sorted(outside.items(), key=lambda item: item[1])[:5])
+        raise ModelError(
+            f"the tokenizer and the model do not belong together: the model embeds ids 0 to {size - 1}, and the tokenizer has "
+            f"{len(outside)} beyond, first {shown}. What fits: the tokenizer that came with the model (model.tokenizer=null)."
+        )
+
+
+def model_identity(config: ModelConfig) -> dict[str, Any]:
+    """What a run record says of its model: path, commit (hub), sha256 of each light file, bytes of each weight file."""
+    folder = folders.find(config.path, config.revision, weights=False)
+    light = [folder / name for name in folders.SETTINGS_FILES] + [folder / name for name in (*TOKENIZER_FILES, "chat_template.jinja")]
+    return {
+        "path": config.path,
+        "commit": folder.name if folder.parent.name == "snapshots" else None,
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in light if file.is_file()},
+        "weight_bytes": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bars and no advice from transformers inside; its faults still arrive as exceptions."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+def _cause(error: Exception) -> str:
+    """The message in one line; transformers and the hub spread some over many."""
+    text = " ".join(str(error).split())
+    return text[:300] + (" …" if len(text) > 300 else "") if text else type(error).__name__
