@@ -1,0 +1,343 @@
+"""Answers from a model: greedy or drawn, in batches or streamed, the same tokens either way. What a prompt is answered
+depends on the prompt, the options and its number, never on its neighbours or on random numbers drawn elsewhere.
+
+Shapes: ids [batch, seq], padded on the left; scores [batch, vocab]. The loop over tokens is transformers'
+`model.generate`; which token comes next (`Chooser`) and when an answer ends (`Ending`) are decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltune.errors import ConfigError, ModelError, NumericsError
+from deltune.models.text import AnswerText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How answers are drawn. The model folder's generation_config.json has no say in it, except for its EOS ids."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0 takes the most probable token each time
+    top_p: float = 1.0  # nucleus sampling (arXiv:1904.09751)
+    top_k: int = 0  # 0 draws from all
+    min_p: float = 0.0  # least probability, as a fraction of the most probable token's (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # arXiv:1909.05858, over prompt and answer
+    seed: int = 42
+    stop: tuple[str, ...] = ()  # texts that end an answer and are not part of it
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": self.max_new_tokens > 0,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, holds in limits.items():
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)} is out of range")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer. `ids` are all new tokens, with the EOS or stop string that ended them; `text` is without these."""
+
+    text: str
+    ids: list[int]
+    num_prompt_tokens: int
+    stopped_by: str  # eos, stop (a stop string), length (max_new_tokens) or context (the model's window is full)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int] | str],
+    options: GenerateOptions | None = None,
+    *,
+    batch: int = 8,
+    numbers: Sequence[int] | None = None,
+) -> list[Generated]:
+    """One answer per prompt, in the order given; prompts of like length are answered together, `batch` at a time.
+
+    A prompt is token ids, or text that `render_prompt` frames as a user's message. `numbers` tells prompts apart for
+    the draws (default: their place). Training mode, RNG state and the model's settings are as before afterwards.
+    Raises ModelError for an empty prompt or one that fills the context window, NumericsError if scores are NaN.
+    """
+    options = options or GenerateOptions()
+    all_ids = [render_prompt(tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    numbers = range(len(all_ids)) if numbers is None else numbers
+    for number, ids in zip(numbers, all_ids, strict=True):
+        _check_prompt(model, ids, number)
+    answers: list[Generated | None] = [None] * len(all_ids)
+    with undisturbed_random(model):
+        for chosen in _batches([len(ids) for ids in all_ids], batch, context_window(model), options.max_new_tokens):
+            ending = _run(model, tokenizer, [all_ids[i] for i in chosen], [numbers[i] for i in chosen], options)
+            for i, answer in zip(chosen, ending.answers(), strict=True):
+                answers[i] = answer
+    return answers
+
+
+def _batches(lengths: list[int], batch: int, window: int | None, max_new_tokens: int) -> Iterator[list[int]]:
+    """Places of prompts of like length, longest first, since they need the most memory.
+
+    A prompt whose answer the context window cuts short shares a batch with its equals only: in a mixed one it would
+    go on beside longer answers, past the last position that a model with learned positions has.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while order:
+        chosen = order[:batch]
+        longest = lengths[chosen[0]]
+        if window is not None and longest + max_new_tokens > window:
+            chosen = [i for i in chosen if lengths[i] == longest]
+        yield chosen
+        order = order[len(chosen) :]
+
+
+def stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: GenerateOptions | None = None, *, number: int = 0
+) -> Iterator[str]:
+    """The text that `generate` gives for this prompt, piece by piece as it becomes certain.
+
+    Closing the iterator, or an exception where it is consumed, ends the generation at the next token.
+    """
+    options = options or GenerateOptions()
+    ids = [int(i) for i in ids]
+    _check_prompt(model, ids, number)
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    ending_wanted: list[bool] = []
+
+    def each_token(ending: Ending) -> bool:
+        pieces.put(ending.texts[0].take())
+        return bool(ending_wanted)
+
+    # transformers calls back for each token, so the loop has a thread of its own and this one waits for text
+    with ThreadPoolExecutor(1) as worker:
+        future = worker.submit(_run, model, tokenizer, [ids], [number], options, each_token)
+        future.add_done_callback(lambda _: pieces.put(None))
+        try:
+            while (piece := pieces.get()) is not None:
+                if piece:
+                    yield piece
+            rest = future.result().texts[0].take_rest()
+            if rest:
+                yield rest
+        finally:
+            ending_wanted.append(True)
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module's mode is as before afterwards.
+
+    Not torch.inference_mode: what a module first computes and keeps in there could not take part in training later.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def undisturbed_random(model: torch.nn.Module) -> Iterator[None]:
+    """torch's random state is as before afterwards, so that evaluating in the midst of training changes no step."""
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
+        yield
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] | str, system: str | None = None
+) -> list[int]:
+    """Token ids of a conversation up to where the answer begins.
+
+    A str is one user message. With a chat template it is rendered by it, generation prompt included; without one the
+    contents follow each other as plain text, after the tokenizer's own BOS if it sets one.
+    """
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    if system is not None and not any(message["role"] == "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    if tokenizer.chat_template is None:
+        ids = tokenizer("\n".join(str(message["content"]) for message in messages))["input_ids"]
+        # some tokenizers end every text with EOS, after which nothing is left to answer
+        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise ModelError(f"the chat template refuses this conversation ({roles}): {error}") from None
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """Tokens of prompt and answer together that the model's config allows; None if it names no bound."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every id that ends an answer: the tokenizer's EOS and those of generation_config.json."""
+    found = model.generation_config.eos_token_id
+    ids = set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def _check_prompt(model: PreTrainedModel, ids: Sequence[int], number: int) -> None:
+    window = context_window(model)
+    if not ids:
+        raise ModelError(f"prompt {number} has no tokens, so there is nothing to continue.")
+    if window is not None and len(ids) >= window:
+        raise ModelError(f"prompt {number} has {len(ids)} tokens and fills the model's context window of {window}: no room for an answer.")
+
+
+def _run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], numbers: list[int], options: GenerateOptions,
+    each_token: Any = None,
+) -> Ending:  # fmt: skip
+    """One batch through transformers' loop."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked: its value changes nothing
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ending = Ending(model, tokenizer, prompts, options, each_token)
+    settings = GenerationConfig(
+        max_new_tokens=options.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
+        eos_token_id=sorted(ending.eos) or None, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    own, model.generation_config = model.generation_config, settings  # else generate() fills gaps from the folder's
+    try:
+        with inference(model):
+            model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=[Chooser(prompts, numbers, options)], stopping_criteria=[ending])
+    finally:
+        model.generation_config = own
+    ending.finish()
+    return ending
+
+
+class Ending:
+    """transformers' stopping criterion: records each row's tokens and says which rows are done, and why."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: GenerateOptions, each_token: Any
+    ):
+        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.eos = eos_ids(model, tokenizer)
+        self.stop_ids = {special[text] for text in options.stop if text in special}  # special tokens have no text
+        self.texts = [AnswerText(tokenizer, options.stop) for _ in prompts]
+        self.ids: list[list[int]] = [[] for _ in prompts]
+        self.reasons: list[str | None] = [None] * len(prompts)
+        self.lengths = list(map(len, prompts))
+        window = context_window(model)
+        self.room = [options.max_new_tokens if window is None else min(options.max_new_tokens, window - n) for n in self.lengths]
+        self.limit = options.max_new_tokens
+        self.each_token = each_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.reasons[row] is None:
+                self.reasons[row] = self._take(row, token)
+        done = [reason is not None for reason in self.reasons]
+        if self.each_token is not None and self.each_token(self):
+            done = [True] * len(done)
+        return torch.tensor(done, device=input_ids.device)
+
+    def _take(self, row: int, token: int) -> str | None:
+        """Record a token; why the answer ends with it, if it does."""
+        self.ids[row].append(token)
+        if token in self.eos:
+            return "eos"
+        if token in self.stop_ids:
+            return "stop"
+        self.texts[row].push(token)
+        if self.texts[row].stopped:
+            return "stop"
+        if len(self.ids[row]) == self.room[row]:
+            return "length" if self.room[row] == self.limit else "context"
+        return None
+
+    def finish(self) -> None:
+        for row, text in enumerate(self.texts):
+            text.finish()
+            if text.stopped:
+                self.reasons[row] = "stop"
+
+    def answers(self) -> list[Generated]:
+        parts = zip(self.texts, self.ids, self.lengths, self.reasons, strict=True)
+        return [Generated(text.text, ids, length, reason) for text, ids, length, reason in parts]
+
+
+class Chooser:
+    """transformers' logits processor: leaves each row a single token with a finite score, if it draws.
+
+    A row draws one number a token, from a generator of its own: its draws do not depend on the rest of the batch.
+    """
+
+    def __init__(self, prompts: list[list[int]], numbers: list[int], options: GenerateOptions):
+        self.options = options
+        self.numbers = numbers
+        self.generators = [random.Random(f"{options.seed}:{number}") for number in numbers]
+        self.lengths = list(map(len, prompts))
+        self.width = max(self.lengths)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = scores.isnan().any(dim=-1)
+        if broken.any():
+            raise NumericsError(f"the model's scores for prompt {self.numbers[int(broken.nonzero()[0])]} are not numbers (NaN) at new token {input_ids.shape[1] - self.width + 1}")
+        if self.options.repetition_penalty != 1.0:
+            scores = self._penalise(input_ids, scores)
+        if self.options.temperature == 0:
+            return scores
+        exact = scores.cpu() if scores.device.type == "mps" else scores  # MPS has no float64
+        order, keep, probabilities = nucleus(exact / self.options.temperature, self.options)
+        cumulative = (probabilities * keep).cumsum(-1)
+        draws = torch.tensor([generator.random() for generator in self.generators], device=exact.device, dtype=torch.float64)
+        place = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)
+        place = place.clamp(max=(keep.sum(-1) - 1)[:, None])  # rounding: never beyond the kept ones
+        return torch.full_like(scores, -torch.inf).scatter_(1, order.gather(1, place).to(scores.device), 0.0)
+
+    def _penalise(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Divide positive scores, and multiply negative ones, of tokens that appeared; padding did not appear."""
+        scores = scores.clone()
+        for row, length in enumerate(self.lengths):
+            seen = input_ids[row, self.width - length :].unique()
+            values = scores[row, seen]
+            scores[row, seen] = torch.where(values > 0, values / self.options.repetition_penalty, values * self.options.repetition_penalty)
+        return scores
+
+
+def nucleus(scores: torch.Tensor, options: GenerateOptions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token ids from most to least probable, which of them may be drawn, probabilities in float64), each [batch, vocab].
+
+    top_k, then top_p of what top_k leaves, then min_p; each leaves the first few of the order, and at least one.
+    """
+    probabilities, order = scores.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(order, dtype=torch.bool)
+    if options.top_k:
+        keep[:, options.top_k :] = False
+    if options.top_p < 1:
+        cumulative = (probabilities * keep).cumsum(-1)
+        keep &= cumulative - probabilities < options.top_p * cumulative[:, -1:]
+        keep[:, 0] = True
+    if options.min_p:
+        keep &= probabilities >= options.min_p * probabilities[:, :1]
+    return order, keep, probabilities
