@@ -1,0 +1,115 @@
+"""Adapted: a frozen layer with named deltas. Its output is the base's, changed by each active delta in turn.
+
+Merging writes the deltas into a copy of the stored weight and keeps the original, so unmerging is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltune import weights
+from deltune.adapters.delta import Delta
+from deltune.adapters.layers import out_in, site_of
+from deltune.adapters.wrapper import Wrapper
+from deltune.dist import gathered
+from deltune.errors import AdapterError
+
+
+class Adapted(Wrapper):
+    """A Linear, Conv1D or Embedding with deltas. Called as the layer is called."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__(layer)
+        self.site = site_of(name, layer)
+        self.merged: list[str] = []
+        self._originals: dict[str, nn.Parameter] = {}  # the layer's own tensors while deltas are merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        running = [name for name in self.running if name not in self.merged]
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise AdapterError(f"{self.site.name}: adapters {', '.join(self.merged)} are merged and would not be trained; unmerge the model first")
+        return Below(self, running)(x)
+
+    def originals(self) -> dict[str, Tensor]:
+        """The base layer's tensors as they were before any merge."""
+        return self._originals or dict(self.base_layer.named_parameters(recurse=False))
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Fold these deltas into the layer's weight. `unmerge` takes them out again, bit for bit."""
+        self.check_mergeable(names)
+        self._originals = weights.snapshot(self.base_layer)
+        self.fold(names)
+        self.merged = list(names)
+
+    def unmerge(self) -> None:
+        weights.restore(self.base_layer, self._originals)
+        self._originals, self.merged = {}, []
+
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        for name in names:
+            delta = self.adapters[name]
+            if not delta.mergeable:
+                raise AdapterError(
+                    f"{self.site.name}: adapter {name} ({delta.config.method}) cannot be merged, for its change of this "
+                    "layer is not a matrix"
+                )
+            if type(delta).bias_delta is not Delta.bias_delta and not self.site.has_bias:
+                raise AdapterError(f"{self.site.name}: adapter {name} changes the bias, and this layer has none to merge into")
+
+    @torch.no_grad()
+    def fold(self, names: Sequence[str]) -> None:
+        """Write deltas into the base layer's own tensors, one after the other."""
+        layer = self.base_layer
+        for name in names:
+            delta: Delta = self.adapters[name]
+            W = weights.float_view(out_in(layer, layer.weight)) if delta.reads_base else None
+            bias = layer.bias if self.site.has_bias else None
+            bias_delta = delta.bias_delta(W, bias)
+            product = delta.product()
+            if product is None:
+                weights.add_to_weight(layer.weight, out_in(layer, delta.delta(W)))
+            else:
+                left, right, scale = product
+                stored = (left, right) if self.site.kind == "linear" else (right.T, left.T)
+                weights.add_product_to_weight(layer.weight, *stored, scale)
+            if bias_delta is not None:
+                weights.add_to_weight(bias, bias_delta)
+
+
+class Below:
+    """The layer as the delta at `place` among the running ones finds it: the base with the deltas before it."""
+
+    __slots__ = ("adapted", "place", "running")
+
+    def __init__(self, adapted: Adapted, running: Sequence[str], place: int | None = None):
+        self.adapted = adapted
+        self.running = running
+        self.place = len(running) if place is None else place
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.place == 0:
+            return self.adapted.base_layer(x)
+        below = Below(self.adapted, self.running, self.place - 1)
+        return self.adapted.adapters[self.running[below.place]](x, below)
+
+    def weight(self) -> Tensor:
+        layer = self.adapted.base_layer
+        with gathered(layer.weight):
+            W = weights.float_view(out_in(layer, layer.weight))
+        before = self.running[: self.place]
+        self.adapted.check_mergeable(before)
+        for name in before:
+            delta = self.adapted.adapters[name]
+            W = W + delta.delta(W if delta.reads_base else None)
+        return W
+
+    def drop(self, x: Tensor) -> Tensor:
+        adapted, name = self.adapted, self.running[self.place]
+        rate = adapted.adapters[name].config.dropout
+        if not rate or not adapted.training or name in adapted.fixed or adapted.site.kind == "embedding":
+            return x
+        return F.dropout(x, rate)

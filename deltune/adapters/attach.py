@@ -1,0 +1,296 @@
+"""Put adapters on a model, switch, merge and take them off. All of it in place, on any nn.Module.
+
+While an adapter is attached every other parameter is frozen; when the last one goes, the model is as it was. Nothing
+changes until everything has been checked, so a call that raises leaves the model alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deltune import weights
+from deltune.adapters.adapted import Adapted
+from deltune.adapters.config import AdapterConfig, complaint
+from deltune.adapters.delta import Delta
+from deltune.adapters.layers import out_in, site_of
+from deltune.adapters.targets import output_head, select
+from deltune.adapters.wrapper import TrainedCopy, Wrapper, original, replace, wrappers
+from deltune.errors import AdapterError
+
+# On the model, while it has adapters: names of the parameters that were trainable before the first one.
+TRAINABLE_BEFORE = "_trainable_before_adapters"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that fits the model and is not in it yet. Keys are full module names."""
+
+    name: str
+    places: dict[str, nn.Module]  # what stands there now
+    deltas: dict[str, Delta]
+    copies: dict[str, nn.Module]
+
+
+def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default", seed: int = 0) -> nn.Module:
+    """Add an adapter, in place, and return the model. It runs beside the adapters that are active already.
+
+    The start of each layer is a function of the seed and the layer's name alone. On the meta device nothing is filled.
+    Raises AdapterError if the config does not fit the model.
+    """
+    prepared = prepare(model, config, name)
+    config.delta().check(config, list(prepared.deltas))
+    for place, delta in prepared.deltas.items():
+        if delta.site.device.type != "meta":
+            delta.reset(generator_for(place, seed))
+    install(model, prepared, trainable=True)
+    return model
+
+
+def generator_for(place: str, seed: int) -> torch.Generator:
+    """Random numbers for one layer, the same whatever else is adapted and on every device."""
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
+    """Everything that an adapter adds, allocated and not filled. Does not touch the model."""
+    fault = complaint(config)
+    if fault:
+        raise AdapterError(fault)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"an adapter cannot be called {name!r}; use letters, digits, - and _, and no method's name")
+    if name in adapters(model):
+        raise AdapterError(f"the model has an adapter {name!r} already; detach it, or give this one another name")
+    layers, saved = select(model, config)
+    first = {id(module): place for place, module in reversed(layers.items())}  # one module may stand in two places
+    layers = {place: module for place, module in layers.items() if first[id(module)] == place}
+    make = config.delta()
+    deltas = {place: make(config, site_of(place, original(module))) for place, module in layers.items()}
+    copies = {place: _copy(place, module) for place, module in saved.items()}
+    return Prepared(name, layers | saved, deltas, copies)
+
+
+def _copy(place: str, module: nn.Module) -> nn.Module:
+    if isinstance(module, TrainedCopy) and module.running:
+        raise AdapterError(f"{place} is trained in full by adapter {module.running[0]}, which is active; switch it off first")
+    if isinstance(module, Adapted) or (not isinstance(module, TrainedCopy) and wrappers(module)):
+        raise AdapterError(f"modules_to_save: {place} is, or holds, a layer with an adapter; it cannot be trained in full as well")
+    return copy.deepcopy(original(module))
+
+
+def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
+    """Put a prepared adapter in, filled, and freeze everything that is not an adapter's."""
+    unmerge(model)
+    for place, delta in prepared.deltas.items():
+        if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
+            layer = original(prepared.places[place])
+            delta.ready(weights.float_view(out_in(layer, layer.weight)))
+    names = [*active(model), prepared.name]
+    if not hasattr(model, TRAINABLE_BEFORE):
+        setattr(model, TRAINABLE_BEFORE, [name for name, p in model.named_parameters() if p.requires_grad])
+    model.requires_grad_(False)
+    exchange: dict[int, nn.Module] = {}
+    for place, part in (prepared.deltas | prepared.copies).items():
+        module = wrapper = prepared.places[place]
+        if not isinstance(module, Wrapper):
+            wrapper = TrainedCopy(module) if place in prepared.copies else Adapted(place, module)
+            exchange[id(module)] = wrapper
+        wrapper.add(prepared.name, part, trainable=trainable)
+    replace(model, exchange)
+    for _, wrapper in wrappers(model):
+        wrapper.set_active(names)
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
+    """The config of each attached adapter, by name."""
+    found: dict[str, AdapterConfig] = {}
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, Adapted):
+            found.update({name: delta.config for name, delta in wrapper.adapters.items() if name not in found})
+    return found
+
+
+def active(model: nn.Module) -> list[str]:
+    """Names of the adapters that run, in their order."""
+    return next((list(wrapper.active) for _, wrapper in wrappers(model)), [])
+
+
+def switch(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Run exactly these adapters, in this order; the others rest and are not trained. Unmerges first."""
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    _known(model, names)
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, TrainedCopy):
+            wrapper.check_active(names)
+    unmerge(model)
+    for _, wrapper in wrappers(model):
+        wrapper.set_active(names)
+
+
+def enable(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Run these adapters too, after those that run already. Unmerges first."""
+    names = [names] if isinstance(names, str) else list(names)
+    switch(model, [*active(model), *names])
+
+
+def _known(model: nn.Module, names: Sequence[str]) -> None:
+    there = adapters(model)
+    for name in names:
+        if name not in there:
+            raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(there) or 'none'}")
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without its adapters, for the length of a `with`; merged ones are taken out and put back."""
+    merged = {id(wrapper): wrapper.merged for _, wrapper in _adapted(model)}
+    unmerge(model)
+    before = [(wrapper, wrapper.enabled) for _, wrapper in wrappers(model)]
+    for wrapper, _ in before:
+        wrapper.enabled = False
+    try:
+        yield model
+    finally:
+        for wrapper, enabled in before:
+            wrapper.enabled = enabled
+        for _, wrapper in _adapted(model):
+            if merged.get(id(wrapper)):
+                wrapper.merge(merged[id(wrapper)])
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
+    return [(name, wrapper) for name, wrapper in wrappers(model) if isinstance(wrapper, Adapted)]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the active adapters train, by their name in the model."""
+    own = {id(parameter) for _, wrapper in wrappers(model) for parameter in wrapper.adapters.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
+
+
+def extra_loss(model: nn.Module) -> Tensor | None:
+    """The sum of what active deltas add to the training loss; None if they add nothing."""
+    losses = [wrapper.adapters[name].loss() for _, wrapper in _adapted(model) for name in wrapper.running]
+    losses = [loss for loss in losses if loss is not None]
+    return torch.stack(losses).sum() if losses else None
+
+
+def merge_in_place(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
+    """Fold active adapters (all of them, or these) into the weights, so that they cost nothing. `unmerge` is exact."""
+    running = active(model)
+    names = running if names is None else [names] if isinstance(names, str) else list(names)
+    _known(model, names)
+    for name in names:
+        if name not in running:
+            raise AdapterError(f"adapter {name!r} is switched off; switch it on before merging it in place")
+    unmerge(model)
+    layers = [(wrapper, [name for name in wrapper.running if name in names]) for _, wrapper in _adapted(model)]
+    for wrapper, held in layers:
+        wrapper.check_mergeable(held)
+    for wrapper, held in layers:
+        if held:
+            wrapper.merge(held)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge_in_place`, bit for bit."""
+    for _, wrapper in _adapted(model):
+        if wrapper.merged:
+            wrapper.unmerge()
+
+
+def merge(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Fold one adapter, or all of them, into the weights for good, and return the model.
+
+    A merged weight that was tied to another layer is untied, and so is the model's config. Raises AdapterError if an
+    adapter has no matrix to merge, or, without a name, if some adapters are switched off.
+    """
+    resting = [other for other in adapters(model) if other not in active(model)]
+    if name is None and resting:
+        raise AdapterError(f"adapters {', '.join(resting)} are switched off; detach them or switch them on before merging all")
+    names = active(model) if name is None else [name]
+    if not names:
+        raise AdapterError("the model has no adapter to merge")
+    _known(model, names)
+    unmerge(model)
+    for _, wrapper in _adapted(model):
+        wrapper.check_mergeable([n for n in names if n in wrapper.adapters])
+    _check_sole_copies(model, names)
+    shared = _shared_parameters(model)
+    replaced: dict[int, nn.Module] = {}
+    for _, wrapper in wrappers(model):
+        held = [n for n in names if n in wrapper.adapters]
+        if isinstance(wrapper, TrainedCopy) and held:
+            replaced[id(wrapper)] = wrapper.adapters[held[0]].requires_grad_(False)
+        elif held:
+            if id(wrapper.base_layer.weight) in shared:
+                weights.snapshot(wrapper.base_layer)  # the others keep the tied tensor as it is
+            wrapper.fold(held)
+    replace(model, replaced)
+    for n in names:
+        _remove(model, n)
+    _untie_config(model)
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter off, or all of them, and return the model; after the last it is bit for bit what it was."""
+    names = list(adapters(model)) if name is None else [name]
+    if not names:
+        raise AdapterError("the model has no adapter to detach")
+    _known(model, names)
+    unmerge(model)
+    for n in names:
+        _remove(model, n)
+    return model
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    exchange: dict[int, nn.Module] = {}
+    for _, wrapper in wrappers(model):
+        if name in wrapper.adapters:
+            wrapper.remove(name)
+        if not wrapper.adapters:
+            exchange[id(wrapper)] = wrapper.base_layer
+    replace(model, exchange)
+    left = [other for other in active(model) if other != name]
+    for _, wrapper in wrappers(model):
+        wrapper.set_active(left)
+    if not wrappers(model) and hasattr(model, TRAINABLE_BEFORE):
+        before = set(getattr(model, TRAINABLE_BEFORE))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in before)
+        delattr(model, TRAINABLE_BEFORE)
+
+
+def _check_sole_copies(model: nn.Module, names: Sequence[str]) -> None:
+    for place, wrapper in wrappers(model):
+        others = [other for other in wrapper.adapters if other not in names]
+        if isinstance(wrapper, TrainedCopy) and others and len(others) < len(wrapper.adapters):
+            raise AdapterError(f"{place} is trained in full by adapter {others[0]} as well, whose copy would be lost; detach it first")
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of parameters that more than one module holds."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in holders.items() if len(modules) > 1}
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Where head and embedding no longer hold one tensor, have the config say so, or a reload would tie them again."""
+    head = output_head(model)
+    if head is None or original(head).weight is original(model.get_input_embeddings()).weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False

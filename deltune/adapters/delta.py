@@ -1,0 +1,126 @@
+"""Delta: what an adaptation method owes. A method states its formula and its start; all that methods share lives elsewhere.
+
+Legend: W is a layer's weight as [out, in], whatever way the layer stores it; x is [..., in], or for an embedding the
+ids [...]; s is the method's scale. A Parameter of a Delta is trained and a buffer is not: nothing else decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.layers import Site
+
+
+class Base(Protocol):
+    """The layer below a delta: the frozen layer with the active deltas attached before this one."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def weight(self) -> Tensor:
+        """W [out, in] in float32 or wider, no gradient. Read it after the base was called, not before."""
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x with the adapter's input dropout: x itself in eval mode, without dropout, and for an embedding."""
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT writes a method. Fields of every method (targets, modules_to_save …) are not its concern."""
+
+    type: str  # PEFT's peft_type
+    write: Callable[[Any], dict[str, Any]]  # our config -> PEFT's fields
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # PEFT's fields -> our config's; AdapterError if they cannot be ours
+    fields: frozenset[str]  # those that `read` understands
+    harmless: Mapping[str, Any] = field(default_factory=dict)  # fields without effect while they have this value
+
+
+class Delta(nn.Module):
+    """The change that a method makes to one layer.
+
+    Subclasses write `build`, `reset` and `delta` (or `product`), and override the rest where it differs. The order of
+    calls is: __init__ (which calls build), then reset or a file's tensors, then ready, then forward.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")  # layers that it can adapt, see `layers.py`
+    mergeable: ClassVar[bool] = True  # a matrix ΔW exists
+    reads_base: ClassVar[bool] = False  # delta(W) and out(x, W) need W; else they are handed None
+    factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B), for data-driven starts and paired rules
+    needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
+    peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
+
+    def __init__(self, config: AdapterConfig, site: Site):
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.build()
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """Device and type of the method's own tensors, to be passed to torch's constructors."""
+        dtype = self.site.dtype if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
+        return {"device": self.site.device, "dtype": dtype}
+
+    @classmethod
+    def check(cls, config: AdapterConfig, names: Sequence[str]) -> None:
+        """Raise AdapterError if the config says something that is without effect on the layers of these names."""
+
+    def build(self) -> None:
+        """Declare Parameters and buffers from `self.config` and `self.site`. Allocates, does not fill."""
+        raise NotImplementedError
+
+    def reset(self, generator: torch.Generator) -> None:
+        """The start that needs no data. It leaves the function unchanged, or the class says by how much it does not.
+
+        Draw from `generator` only, on the CPU in float32, so that every device and type starts alike.
+        """
+        raise NotImplementedError
+
+    def ready(self, W: Tensor) -> None:
+        """The last step of a start or a load, once W is final; for methods that measure W."""
+
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """(B, A, s) if ΔW is s·B·A with B [out, r] and A [r, in]; merging then needs no out×in temporary."""
+        return None
+
+    def delta(self, W: Tensor | None) -> Tensor:
+        """ΔW [out, in], with gradient."""
+        product = self.product()
+        if product is None:
+            raise NotImplementedError
+        left, right, scale = product
+        return (left * scale) @ right
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        """ΔW x [..., out], computed in x's type. Override where it is cheaper than through ΔW."""
+        if self.site.kind == "embedding":
+            return F.embedding(x, self.delta(W).T, self.site.padding_idx)
+        return F.linear(x, self.delta(W).to(x.dtype))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The adapted layer's output. Override to act on the layer's input or to multiply its output."""
+        y = base(x)
+        W = base.weight() if self.reads_base else None
+        return y + self.out(base.drop(x), W).to(y.dtype)
+
+    def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """The change of the layer's bias [out] that belongs to ΔW when merging; None if there is none."""
+        return None
+
+    def loss(self) -> Tensor | None:
+        """A scalar added to the training loss; None if there is none."""
+        return None
+
+    def ranked(self) -> Mapping[str, int]:
+        """What an allocator may mask: parameter name to the dimension that counts ranks."""
+        return {}
+
+    def leaves(self) -> dict[str, str]:
+        """Names of the saved parameters and buffers, each to its name in the file."""
+        return {name: name for name in self.state_dict()}

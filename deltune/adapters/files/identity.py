@@ -1,0 +1,80 @@
+"""What tells one base model from another: its tensors' names and shapes, and a sample of their values.
+
+The sample is hashed once for every floating type that the stored weights can be rounded to, so that the same model
+loaded in float32 and in bfloat16 is known to be the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters.adapted import Adapted
+from deltune.adapters.wrapper import original, walk
+
+SAMPLES = 64  # values read of each tensor
+STRIDE = 0x9E3779B1  # a prime far from any layer width, so that samples fall into all rows and columns
+
+# type of a stored weight -> the types it can be rounded to in one step
+COARSER = {
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the model below its adapters, merged or not. A shared one comes under each of its names."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in walk(model):
+        layer = original(module)
+        own = module.originals() if isinstance(module, Adapted) else layer.named_parameters(recurse=layer is not module)
+        tensors.update({f"{name}.{leaf}".lstrip("."): parameter for leaf, parameter in dict(own).items()})
+    return tensors
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """`class`, `num_parameters`, `shapes` (sha256) and `weights` (type name to sha256) of the base model."""
+    unique = {id(tensor): (name, tensor.detach()) for name, tensor in reversed(base_tensors(model).items())}
+    tensors = dict(sorted(unique.values(), key=lambda item: item[0]))
+    shapes = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors.items()])
+    samples = [_sample(tensor) for tensor in tensors.values() if tensor.is_floating_point()]
+    common = [t for t in COARSER if all(t in COARSER.get(sample.dtype, ()) for sample in samples)]
+    return {
+        "class": type(model).__name__,
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
+        "weights": {str(t).removeprefix("torch."): _digest(samples, t) for t in common},
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    count = min(SAMPLES, tensor.numel())
+    places = torch.arange(count, dtype=torch.int64) * STRIDE % max(1, tensor.numel())
+    return tensor.reshape(-1)[places.to(tensor.device)].cpu()
+
+
+def _digest(samples: list[Tensor], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def difference(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """How the base that an adapter was made on differs from this one; None if they are the same as far as can be told."""
+    if recorded["shapes"] != found["shapes"]:
+        return (
+            f"it was a {recorded['class']} of {recorded['num_parameters']:,} parameters, and this is a {found['class']} of "
+            f"{found['num_parameters']:,} with other tensors or shapes"
+        )
+    common = [dtype for dtype in found["weights"] if dtype in recorded["weights"]]
+    if common and all(recorded["weights"][dtype] != found["weights"][dtype] for dtype in common):
+        return "it has the same shapes and other weights"
+    return None

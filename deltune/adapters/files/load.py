@@ -1,0 +1,159 @@
+"""Reading an adapter. Everything is checked before the model is touched, and what does not fit exactly is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters.attach import Prepared, install, prepare
+from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
+from deltune.adapters.files.peft import CONFIG_FILE, PREFIX, TENSOR_FILE, file_tensors, read_config
+from deltune.adapters.files.save import FORMAT, SIDECAR
+from deltune.adapters.wrapper import base_name
+from deltune.errors import AdapterError, DeltuneError
+from deltune.log import logger
+from deltune.weights import PICKLE_ENDINGS, check_tensor, read_tensors, sha256_of
+
+SHOWN = 5  # names listed in a message
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False
+) -> nn.Module:
+    """Attach an adapter from a folder that Deltune or PEFT wrote, in place, and return the model.
+
+    A folder without an adapter of its own may have it in a sub-folder of its name, as PEFT writes them. It runs beside
+    the adapters that are active already, and is frozen unless `trainable`. `any_base` allows a base model other than the
+    one it was made on. Raises AdapterError if anything does not fit; the model is then as it was.
+    """
+    folder = _find(Path(folder), name)
+    with _at(folder / CONFIG_FILE):
+        fields = _read_json(folder / CONFIG_FILE)
+    with _at(folder / TENSOR_FILE):
+        tensors = _read_all(folder)
+    if (folder / SIDECAR).exists():
+        with _at(folder / SIDECAR):
+            _check_record(model, folder, _read_json(folder / SIDECAR), any_base)
+    with _at(folder / CONFIG_FILE):
+        prepared = prepare(model, read_config(model, fields, _storage_type(model, tensors)), name)
+    with _at(folder / TENSOR_FILE):
+        _fill(model, prepared, tensors)
+    install(model, prepared, trainable=trainable)
+    return model
+
+
+@contextmanager
+def _at(path: Path) -> Iterator[None]:
+    """Put the file's name before a message that does not have it."""
+    try:
+        yield
+    except DeltuneError as error:
+        message = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        raise AdapterError(message) from None
+
+
+def _find(folder: Path, name: str) -> Path:
+    for candidate in (folder, folder / name):
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+    hint = f"; its sub-folders {', '.join(inside)} hold adapters, name one of them" if inside else ""
+    raise AdapterError(f"{folder}: no {CONFIG_FILE} here{hint}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"a JSON object is expected, a {type(value).__name__} found")
+    return value
+
+
+def _read_all(folder: Path) -> dict[str, Tensor]:
+    pickles = [path for path in sorted(folder.glob("adapter_model.*")) if path.suffix in PICKLE_ENDINGS]
+    if pickles and not (folder / TENSOR_FILE).exists():
+        return read_tensors(pickles[0])  # which refuses it and says what to do
+    return read_tensors(folder / TENSOR_FILE)
+
+
+def _check_record(model: nn.Module, folder: Path, record: Mapping[str, Any], any_base: bool) -> None:
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"format is {record.get('format')!r}; this version reads {FORMAT}")
+    found = identity(model)
+    try:
+        recorded_hash, recorded_types = record["sha256"][TENSOR_FILE], set(record["base"]["weights"])
+        problem = difference(record["base"], found)
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"not as it was written: {error}") from None
+    if recorded_hash != sha256_of(folder / TENSOR_FILE):
+        raise AdapterError(
+            f"{TENSOR_FILE} is not the file that was saved with it: it was damaged, or a later save did not finish. If it "
+            f"was replaced on purpose, delete {SIDECAR}"
+        )
+    if problem and not any_base:
+        raise AdapterError(f"the adapter was made on another base model: {problem}. To load it all the same, give any_base")
+    if not problem and not recorded_types & set(found["weights"]):
+        logger.warning("%s: the base model's shapes fit; its weights cannot be compared, for the adapter was made in another number type", folder)
+
+
+def _storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """The config's dtype that holds what is in the file without loss."""
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} or {torch.float32}
+    unknown = found - COARSER.keys()
+    if unknown:
+        raise AdapterError(f"the file holds {', '.join(map(str, unknown))} tensors, which are no type that an adapter is trained in")
+    widest = functools.reduce(torch.promote_types, found)
+    if widest == torch.float64:
+        if any(tensor.dtype != torch.float64 for tensor in base_tensors(model).values()):
+            raise AdapterError("the file holds float64 tensors and the model is not in float64, so they would be rounded")
+        return "auto"
+    return str(widest).removeprefix("torch.")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the file's tensors into the prepared parts; each must be there, fit, and be finite, and none be left over."""
+    parts = prepared.deltas | prepared.copies
+    expected = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
+    given = _without_base_copies(base_tensors(model), tensors, expected)
+    missing, left = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or left:
+        raise AdapterError(" and ".join(filter(None, [_listed("lacks", missing), _listed("has tensors that nothing in this model takes:", left)])))
+    for key, tensor in expected.items():
+        if tensor.is_floating_point():
+            check_tensor(key, given[key], tuple(tensor.shape))
+        elif given[key].shape != tensor.shape or given[key].dtype != tensor.dtype:
+            raise AdapterError(f"{key}: {given[key].dtype} {list(given[key].shape)} found, {tensor.dtype} {list(tensor.shape)} expected")
+    for key, tensor in expected.items():
+        tensor.copy_(given[key])
+
+
+def _listed(words: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{words} {', '.join(names[:SHOWN])}{more}"
+
+
+def _without_base_copies(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """The file's tensors but for copies of the base's own, which PEFT adds for embeddings. They must equal this base's."""
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        ours = base.get(base_name(key.removeprefix(PREFIX))) if key not in expected else None
+        if ours is None:
+            rest[key] = tensor
+        elif tensor.shape != ours.shape or not torch.equal(tensor.to(ours), ours):
+            raise AdapterError(
+                f"{key}: the file holds a weight of the base that differs from this model's, so the adapter belongs to a base "
+                "with another vocabulary or other weights"
+            )
+    return rest

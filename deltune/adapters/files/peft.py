@@ -1,0 +1,188 @@
+"""PEFT's adapter_config.json: which of its fields mean what here. A field that is set and not known is refused.
+
+Such a field may change what the adapter computes, and ignoring it would load a wrong adapter without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltune.adapters.config import ADAPTERS, METHODS, AdapterConfig
+from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.layers import kind_of
+from deltune.adapters.targets import ALL_LINEAR, ends_with, inside, output_head
+from deltune.adapters.wrapper import original, walk
+from deltune.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PEFT_VERSION = "0.21.2"  # whose format is written; tests hold it to that version
+
+# Of no effect on what an adapter computes
+INFORMATION = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"})
+# Understood here, for every method
+SELECTION = frozenset({"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
+# Of no effect while they have this value
+HARMLESS = {"bias": "none"}
+
+
+def format_of(peft_type: Any) -> tuple[type[AdapterConfig], PeftFormat]:
+    """The config class and file format of a peft_type. AdapterError names those that are supported."""
+    formats = {}
+    for method in METHODS:
+        config_class = ADAPTERS.resolve(method)
+        form = config_class.delta().peft
+        if form is not None:
+            formats[form.type] = (config_class, form)
+    if peft_type not in formats:
+        raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(sorted(formats))}")
+    return formats[peft_type]
+
+
+def check_fields(fields: Mapping[str, Any], form: PeftFormat) -> None:
+    """Raise AdapterError for a field that is set and that neither we nor the method understand."""
+    known = INFORMATION | SELECTION | form.fields
+    harmless = HARMLESS | dict(form.harmless)
+    for name, value in fields.items():
+        if name in known or value is None or value is False or value in ("", [], {}):
+            continue
+        if name in harmless and value == harmless[name]:
+            continue
+        raise AdapterError(
+            f"{name} is {value!r}. This field is not supported and may change what the adapter computes, so the adapter is "
+            "not loaded"
+        )
+
+
+def target_names(model: nn.Module, fields: Mapping[str, Any]) -> list[str]:
+    """Full names of the layers that PEFT would adapt, by its own rules. AdapterError if there are none."""
+    names = [name for name, _ in walk(model) if name]
+    targets = _names_or_pattern(fields, "target_modules")
+    if targets == ALL_LINEAR:
+        head = output_head(model)
+        linear = {name for name, m in walk(model) if kind_of(original(m)) in ("linear", "conv1d") and m is not head}
+        found = [name for name in names if name in linear]
+    else:
+        found = [name for name in names if _is_target(name, targets, fields)]
+    excluded = _names_or_pattern(fields, "exclude_modules")
+    saved = saved_names(fields)
+    found = [
+        name
+        for name in found
+        if not (excluded and _matches(name, excluded))
+        and not any(inside(name, other) for other in names if any(ends_with(other, ending) for ending in saved))
+    ]
+    if not found:
+        raise AdapterError(f"target_modules {targets!r} match no module of this model")
+    return found
+
+
+def saved_names(fields: Mapping[str, Any]) -> list[str]:
+    names = _names_or_pattern(fields, "modules_to_save")
+    if isinstance(names, str):
+        raise AdapterError(f"modules_to_save is {names!r}; a list of names is expected")
+    return names
+
+
+def _names_or_pattern(fields: Mapping[str, Any], field: str) -> list[str] | str:
+    value = fields.get(field) or []
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise AdapterError(f"{field} is {value!r}; a list of names or one regular expression is expected")
+    return value
+
+
+def _is_target(name: str, targets: list[str] | str, fields: Mapping[str, Any]) -> bool:
+    # a full name in the list counts whatever its layer's number
+    if isinstance(targets, str):
+        return _matches(name, targets)
+    return name in targets or (_matches(name, targets) and _in_layers(name, fields))
+
+
+def _matches(name: str, wanted: list[str] | str) -> bool:
+    if isinstance(wanted, str):
+        return _compiled(wanted).fullmatch(name) is not None
+    return any(ends_with(name, ending) for ending in wanted)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def _in_layers(name: str, fields: Mapping[str, Any]) -> bool:
+    """PEFT's layers_to_transform: the number after the layers' name, or the first number in the module's name."""
+    wanted = fields.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    patterns = _names_or_pattern(fields, "layers_pattern")
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return found is not None and int(found[1]) in wanted
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = _compiled(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.").match(name)
+        if found:
+            return int(found[found.re.groups]) in wanted
+    return False
+
+
+def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> AdapterConfig:
+    """Our config for PEFT's fields, with the targets spelled out for this model."""
+    config_class, form = format_of(fields.get("peft_type"))
+    check_fields(fields, form)
+    return config_class(targets=target_names(model, fields), modules_to_save=saved_names(fields), dtype=dtype, **form.read(fields))
+
+
+def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
+    """PEFT's fields for an adapter on this model."""
+    form = config.delta().peft
+    if form is None:
+        raise AdapterError(f"PEFT has no adapter like {config.method}")
+    return {
+        "peft_type": form.type,
+        "peft_version": PEFT_VERSION,
+        "task_type": _task_type(model),
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "auto_mapping": None,
+        "target_modules": shortest_names(model, deltas),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "bias": "none",
+        **form.write(config),
+    }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    if not hasattr(model, "can_generate") or not model.can_generate() or model.config.is_encoder_decoder:
+        return None
+    return "CAUSAL_LM"
+
+
+def file_tensors(place: str, part: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a delta, or of a module trained in full, by their key in the file; they share the part's memory."""
+    state = part.state_dict()
+    leaves = part.leaves() if isinstance(part, Delta) else {name: name for name in state}
+    return {f"{PREFIX}{place}.{leaf}": state[name] for name, leaf in leaves.items()}
+
+
+def shortest_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """Name endings that mean exactly these modules; full names where an ending would mean others too."""
+    chosen = set(chosen)
+    every = [name for name, _ in walk(model) if name]
+    meant: dict[str, set[str]] = {}
+    for name in every:
+        meant.setdefault(name.rpartition(".")[2], set()).add(name)
+    short = {ending for ending in (name.rpartition(".")[2] for name in chosen) if meant[ending] <= chosen}
+    full = {name for name in chosen if name.rpartition(".")[2] not in short}
+    return sorted(short) + sorted(full)

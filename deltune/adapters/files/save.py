@@ -1,0 +1,63 @@
+"""Writing an adapter: PEFT's two files, and `deltune.json` with what PEFT's have no place for.
+
+Each file is replaced in one step. The last one written holds the hash of the tensors, so that a mixture of two saves
+is found out when it is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltune.adapters.attach import adapters
+from deltune.adapters.delta import Delta
+from deltune.adapters.files.identity import identity
+from deltune.adapters.files.peft import CONFIG_FILE, TENSOR_FILE, file_tensors, write_fields
+from deltune.adapters.wrapper import wrappers
+from deltune.errors import AdapterError
+from deltune.weights import replacing, sha256_of, write_tensors
+
+SIDECAR = "deltune.json"
+FORMAT = "deltune-adapter-1"
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default", base: str | None = None) -> Path:
+    """Write one adapter into a folder, in PEFT's format, and return the folder.
+
+    `base` is recorded as the base model's path or hub id; by default it is what the model says itself.
+    """
+    there = adapters(model)
+    if name not in there:
+        raise AdapterError(f"the model has no adapter {name!r} to save; it has {', '.join(there) or 'none'}")
+    parts = {place: wrapper.adapters[name] for place, wrapper in wrappers(model) if name in wrapper.adapters}
+    deltas = {place: part for place, part in parts.items() if isinstance(part, Delta)}
+    fields = write_fields(model, there[name], deltas, base or _base_path(model))
+    tensors = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / TENSOR_FILE, tensors)
+    _write_json(folder / CONFIG_FILE, fields)
+    record = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(there[name]),
+        "base": identity(model),
+        "sha256": {TENSOR_FILE: sha256_of(folder / TENSOR_FILE)},
+    }
+    _write_json(folder / SIDECAR, record)
+    return folder
+
+
+def _base_path(model: nn.Module) -> str | None:
+    if hasattr(model, "config") and hasattr(model.config, "name_or_path"):
+        return model.config.name_or_path or None
+    return None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    with replacing(path, len(text)) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Which modules a config means. Every name in it must mean something: one without effect is an error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.layers import READ_WEIGHTS, is_altered_linear, kind_of, site_of
+from deltune.adapters.wrapper import TrainedCopy, original, walk
+from deltune.errors import AdapterError
+
+ALL_LINEAR = "all-linear"
+
+
+def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The layers to adapt and the modules to train in full, by full name; wrappers stand for what they hold.
+
+    Raises AdapterError if a target, exclusion or module to save matches nothing, or something that cannot be adapted.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    saved = _modules_to_save(modules, config)
+    candidates = {name: module for name, module in modules.items() if not any(inside(name, other) for other in saved)}
+    excluded = _excluded(modules, config.exclude)
+    candidates = {name: module for name, module in candidates.items() if name not in excluded}
+    if config.targets == ALL_LINEAR:
+        layers = _all_linear(model, candidates)
+    elif isinstance(config.targets, str):
+        layers = _by_pattern(candidates, config.targets)
+    else:
+        layers = _by_names(candidates, config.targets)
+    if not layers:
+        raise AdapterError(_nothing(model, modules, config))
+    for name, module in layers.items():
+        _check(name, module, modules.get(name.rpartition(".")[0], model), config)
+    return layers, saved
+
+
+def inside(name: str, module: str) -> bool:
+    """Whether a full name is that module or something in it."""
+    return name == module or name.startswith(module + ".")
+
+
+def ends_with(name: str, ending: str) -> bool:
+    """Whether a name is this one, or ends with it from a dot on."""
+    return name == ending or name.endswith("." + ending)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits, where the model says which it is."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _modules_to_save(modules: Mapping[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for ending in config.modules_to_save:
+        found = [name for name in modules if ends_with(name, ending)]
+        if not found:
+            raise AdapterError(f"modules_to_save: {ending!r} matches no module of the model.{nearest(ending, modules)}")
+        saved.update({name: modules[name] for name in found})
+    # of a module and one inside it the outer one counts
+    return {name: module for name, module in saved.items() if not any(inside(name, o) for o in saved if o != name)}
+
+
+def _excluded(modules: Mapping[str, nn.Module], endings: Iterable[str]) -> set[str]:
+    names: set[str] = set()
+    for ending in endings:
+        found = [name for name in modules if ends_with(name, ending)]
+        if not found:
+            raise AdapterError(f"exclude: {ending!r} matches no module of the model.{nearest(ending, modules)}")
+        names.update(name for name in modules if any(inside(name, other) for other in found))
+    return names
+
+
+def _all_linear(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    head = output_head(model)
+    return {
+        name: module
+        for name, module in candidates.items()
+        if (kind_of(original(module)) in ("linear", "conv1d") or is_altered_linear(original(module)))
+        and module is not head
+        and not ends_with(name, "lm_head")
+    }
+
+
+def _by_pattern(candidates: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"targets: {pattern!r} is no regular expression: {error}") from None
+    return {
+        name: module
+        for name, module in candidates.items()
+        if (kind_of(original(module)) or is_altered_linear(original(module))) and expression.fullmatch(name)
+    }
+
+
+def _by_names(candidates: Mapping[str, nn.Module], endings: Iterable[str]) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    for ending in endings:
+        found = {name: module for name, module in candidates.items() if ends_with(name, ending)}
+        if not found:
+            raise AdapterError(
+                f"targets: {ending!r} matches no module that is left to adapt.{nearest(ending, _layer_names(candidates))}"
+            )
+        layers.update(found)
+    return layers
+
+
+def _check(name: str, module: nn.Module, parent: nn.Module, config: AdapterConfig) -> None:
+    """Raise AdapterError if an adapter on this module would be impossible or without effect."""
+    if isinstance(module, TrainedCopy):
+        raise AdapterError(f"{name} is trained in full by adapter {', '.join(module.adapters)}; it cannot be adapted as well")
+    site = site_of(name, original(module))
+    if site.kind not in config.delta().kinds:
+        raise AdapterError(f"{name}: {config.method} works on {', '.join(config.delta().kinds)} layers, and this is of kind {site.kind}")
+    if isinstance(parent, READ_WEIGHTS):
+        raise AdapterError(
+            f"{name}: its owner, a {type(parent).__name__}, reads this layer's weight without calling the layer, so an "
+            f"adapter would have no effect. Put {name} into exclude, or name targets without it"
+        )
+
+
+def _layer_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if kind_of(original(module))]
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """The end of a message: names like the one wanted, as short as they can be told apart from others."""
+    endings = dict.fromkeys(".".join(name.split(".")[-(wanted.count(".") + 1) :]) for name in names)
+    close = difflib.get_close_matches(wanted, endings, n=4, cutoff=0.5)
+    if close:
+        return f" Nearest names: {', '.join(close)}"
+    some = ", ".join(list(endings)[:8])
+    return f" There are: {some}" + (", …" if len(endings) > 8 else "")
+
+
+def _nothing(model: nn.Module, modules: Mapping[str, nn.Module], config: AdapterConfig) -> str:
+    if not modules:
+        return (
+            f"the model itself is a single {type(model).__name__}, which cannot be replaced in place; put it into a "
+            "module, e.g. torch.nn.Sequential"
+        )
+    if config.targets == ALL_LINEAR:
+        return "targets: the model has no Linear or Conv1D layer that is left to adapt"
+    layers = _layer_names(modules)
+    if isinstance(config.targets, list):
+        return f"targets is empty.{nearest('', layers)}"
+    hint = ""
+    if any(ends_with(name, config.targets) for name in modules):
+        hint = f" One string is a regular expression over full names; for name endings give a list: [{config.targets}]."
+    return f"targets: no layer's full name matches {config.targets!r}.{hint}{nearest(config.targets, layers)}"

@@ -1,0 +1,188 @@
+"""Stored weights: files of tensors, and arithmetic on a weight as it lies in memory. Only this file touches either.
+
+Files are safetensors. A pickle is never opened: it can run code. Sums are formed in float32 or wider and rounded
+once to the weight's own type.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deltune.errors import DeltuneError
+
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BLOCK_ELEMENTS = 1 << 22  # a float32 block of 16 MiB: large enough for full speed, small beside any weight
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises DeltuneError for a pickle, a missing file, or a file that is not whole.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.suffix in PICKLE_ENDINGS:
+        raise DeltuneError(
+            f"{path}: this is a pickle, which can run code when it is opened. Convert it to safetensors, in a place that "
+            "you would trust with it: python -c \"import torch, safetensors.torch as s; "
+            f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
+            f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{path.with_suffix('.safetensors').name}')\""
+        )
+    if not path.is_file():
+        raise DeltuneError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DeltuneError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one step, see `replacing`.
+
+    Tensors may be on any device, strided, or share memory: each is written in full. Raises DeltuneError on a full disk.
+    """
+    from safetensors.torch import save_file
+
+    whole = _apart(tensors)
+    with replacing(path, sum(tensor.nbytes for tensor in whole.values())) as temporary:
+        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+@contextmanager
+def replacing(path: str | Path, num_bytes: int) -> Iterator[Path]:
+    """Give a temporary path to write to, and put that file in `path`'s place at the end.
+
+    At any moment, a power cut included, `path` is the old file or the new one, never a part of one. Raises
+    DeltuneError on a full disk, with `num_bytes` as what was needed.
+    """
+    from safetensors import SafetensorError
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if not _says_disk_full(error):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DeltuneError(
+            f"{path}: no space left to write {num_bytes:,} bytes ({free:,} bytes free). Nothing was replaced; free some "
+            "space, or write to another disk."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _says_disk_full(error: Exception) -> bool:
+    # safetensors passes the system's error on as text only
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"os error {number})" in str(error) for number in DISK_FULL)
+
+
+def sync(path: str | Path) -> None:
+    """Have a file's bytes, or a folder's names, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, no two of which share memory."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensor = tensor.clone()
+        seen.add(storage)
+        result[name] = tensor
+    return result
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise DeltuneError unless the tensor is floating, of this shape, and finite everywhere."""
+    if not tensor.is_floating_point():
+        raise DeltuneError(f"{name}: {tensor.dtype} found, a floating type expected")
+    if tuple(tensor.shape) != tuple(shape):
+        raise DeltuneError(f"{name}: shape {list(tensor.shape)} found, {list(shape)} expected")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise DeltuneError(f"{name}: {bad} of {tensor.numel()} values are not finite")
+
+
+def float_view(weight: Tensor) -> Tensor:
+    """The weight's values in float32 (float64 stays): the weight itself where it is that already, else a copy. No gradient."""
+    return weight.detach().to(_sum_type(weight))
+
+
+def _sum_type(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@torch.no_grad()
+def add_to_weight(weight: Tensor, delta: Tensor) -> None:
+    """weight ← weight + delta [out, in], in place; the sum is formed in float32 and rounded once."""
+    dtype = _sum_type(weight, delta)
+    for rows in _row_blocks(weight):
+        weight[rows].copy_(weight[rows].to(dtype) + delta[rows].to(dtype))
+
+
+@torch.no_grad()
+def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """weight ← weight + scale · left [out, r] @ right [r, in], in place, without a whole out×in temporary."""
+    dtype = _sum_type(weight, left, right)
+    right = right.to(dtype)
+    for rows in _row_blocks(weight):
+        block = weight[rows].to(dtype, copy=True)
+        weight[rows].copy_(block.addmm_(left[rows].to(dtype), right, alpha=scale))
+
+
+def _row_blocks(weight: Tensor) -> list[slice]:
+    if weight.ndim < 2:
+        return [slice(None)]
+    step = max(1, BLOCK_ELEMENTS // max(1, weight[0].numel()))
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+
+
+def snapshot(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Set a layer's stored tensors aside and give it copies of them to write on.
+
+    A tensor that is tied to another layer stays as it is there. `restore` undoes this bit for bit.
+    """
+    saved = {name: parameter for name, parameter in layer.named_parameters(recurse=False)}
+    for name, parameter in saved.items():
+        setattr(layer, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+    return saved
+
+
+def restore(layer: nn.Module, saved: Mapping[str, nn.Parameter]) -> None:
+    """Give a layer back the tensors that `snapshot` set aside."""
+    for name, parameter in saved.items():
+        setattr(layer, name, parameter)
