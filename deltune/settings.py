@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltune.adapters.config import ADAPTERS, AdapterConfig
-from deltune.config.fields import Choice, choice, option, section
+from deltune.config.fields import choice, option, section
 from deltune.data.config import DataConfig, Source
 from deltune.engines.config import ENGINES, EngineConfig, Single
+from deltune.errors import ConfigError
 from deltune.models.config import ModelConfig
 from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
 from deltune.train.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
@@ -25,10 +26,8 @@ from deltune.train.config import CheckpointConfig, EvalConfig, LogConfig, TrainC
 SINKS = ("tensorboard", "wandb", "mlflow", "trackio")
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
+S = TypeVar("S")
 NAME = re.compile(r"\w[\w.+=-]{0,199}")
-
-# help lists the keys that all methods have without importing the methods
-LIGHT_ADAPTERS: Choice = replace(ADAPTERS, base=AdapterConfig)
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Run:
     resume: str = option("auto", "Continue the run that is in the folder: if there is one; never (a run there is an error); must be there.", choices=("auto", "never", "must"))
     model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
     data: DataConfig = section(DataConfig, "Training and evaluation data.", primary="train")
-    adapter: AdapterConfig | None = choice(LIGHT_ADAPTERS)
+    adapter: AdapterConfig | None = choice(ADAPTERS)
     optim: OptimConfig = choice(OPTIMIZERS)
     schedule: ScheduleConfig = choice(SCHEDULES)
     engine: EngineConfig = choice(ENGINES)
@@ -96,10 +95,8 @@ def _length_rules(run: Run) -> Iterator[str]:
         yield "train.steps cannot be given together with train.epochs: set one of them to null"
     if train.nonfinite == "stop" and _changed(train, "max_nonfinite"):
         yield "train.max_nonfinite has no effect with train.nonfinite=stop; choose skip or rollback"
-    if train.nonfinite == "rollback" and run.checkpoint.every is None:
-        yield "train.nonfinite=rollback needs checkpoints to go back to: set checkpoint.every"
     if run.engine.name == "ddp" and run.engine.backend == "nccl" and run.engine.device in ("cpu", "mps"):
-        yield f"engine.backend=nccl needs CUDA, and engine.device is {run.engine.device}; gloo fits"
+        yield f"engine.backend needs CUDA, and engine.device is {run.engine.device}; gloo fits"
 
 
 def _optimizer_rules(run: Run) -> Iterator[str]:
@@ -141,7 +138,7 @@ def _data_rules(run: Run) -> Iterator[str]:
     for key in ("max_source_length", "max_target_length"):
         limit = getattr(data, key)
         if limit is not None and limit >= data.max_length:
-            yield f"data.{key}={limit} has no effect: it must be below data.max_length, which is {data.max_length}"
+            yield f"data.{key} has no effect: it must be below data.max_length, which is {data.max_length}"
     if data.mode == "pretrain":
         for key in ("max_source_length", "max_target_length", "train_on_source"):
             if _changed(data, key):
@@ -173,7 +170,7 @@ def _evaluation_rules(run: Run) -> Iterator[str]:
     if not settings.exact_match and settings.samples == 0 and _changed(settings, "max_new_tokens"):
         yield "eval.max_new_tokens has no effect: nothing is generated with eval.exact_match=false and eval.samples=0"
     if settings.metric == "exact_match" and not settings.exact_match:
-        yield "eval.metric=exact_match is only measured with eval.exact_match=true"
+        yield "eval.metric is only measured with eval.exact_match=true"
     if settings.metric not in METRICS and settings.direction == "auto":
         known = ", ".join(METRICS)
         yield f"eval.direction must be min or max for eval.metric={settings.metric}; auto knows {known}"
@@ -253,7 +250,7 @@ class GenerateSettings(Generation):
     def problems(self) -> list[str]:
         found = super().problems()
         if (self.prompt is None) == (self.file is None):
-            found.append("prompt or file must be given, and not both: prompt='...' or file=prompts.jsonl")
+            found.append("prompt must be given, or file=prompts.jsonl, and not both")
         if self.file is None and self.out is not None:
             found.append("out has no effect without file: a single prompt's answer is printed")
         if self.file is None and _changed(self, "batch"):
@@ -321,3 +318,99 @@ class InitSettings:
     data: str | None = option(None, "Data file; null asks.")
     out: str = option("deltune.yaml", "The file to write.")
     overwrite: bool = option(False, "Replace the file if it is there.")
+
+
+# -- from words, files and mappings ---------------------------------------------------------------------------------
+
+
+def load(cls: type[S], words: Sequence[str] = (), file: str | Path | None = None, *, mapping: Mapping[str, Any] | None = None) -> S:
+    """The settings of a verb from command-line words over a YAML file or a mapping. ConfigError lists all that is wrong."""
+    from deltune.config.check import build
+    from deltune.config.compose import compose
+
+    stated, origins = compose(cls, words, file=None if file is None else Path(file), mapping=mapping, presets=cls is Run)
+    if issubclass(cls, Trained):
+        _fill_from_run(cls, stated, origins)
+    return build(cls, stated, origins)
+
+
+def load_run(words: Sequence[str] = (), file: str | Path | None = None) -> Run:
+    """A training run from command-line words, over a YAML file."""
+    return load(Run, words, file)
+
+
+def run_from(config: Run | Mapping[str, Any] | str | Path | Sequence[str]) -> Run:
+    """A run from a Run, a mapping (nested or with dotted keys), a YAML file, a run's folder, or command-line words.
+
+    A Run made in Python is checked as everything else is.
+    """
+    if isinstance(config, Run):
+        return load(Run, mapping=config.to_dict())
+    if isinstance(config, Mapping):
+        return load(Run, mapping=config)
+    if isinstance(config, (str, Path)):
+        path = Path(config)
+        return load_run(file=path / "config.yaml" if path.is_dir() else path)
+    return load_run(config)
+
+
+def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, ...], str]) -> None:
+    """Where a run is named, take from it what is not stated: base model, adapter, how prompts are written."""
+    folder = _run_folder(stated)
+    if folder is None:
+        return
+    config = folder / "config.yaml"
+    run = load_run(file=config)
+    label = str(config)
+    stated["adapter"] = _only_if_there(folder / "adapter") if run.adapter is not None else None
+    taken: dict[str, dict[str, Any]] = {"model": asdict(run.model), "engine": {"precision": run.engine.precision}}
+    # what only training reads has no meaning here
+    taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": False, "start": "pretrained"}
+    if run.adapter is None:
+        taken["model"] |= {"path": _only_if_there(folder / "model"), "revision": None}
+    if cls is EvalSettings:
+        taken["data"] = asdict(run.data)
+        if "eval" in stated.get("data", {}):
+            taken["data"]["eval_size"] = 0.0
+    for section_name, values in taken.items():
+        stated[section_name] = values | stated.get(section_name, {})
+        for key in values:
+            origins.setdefault((section_name, key), label)
+    if issubclass(cls, Generation):
+        for key in ("template", "system", "meta_prompt", "prefix", "postfix"):
+            stated.setdefault(key, getattr(run.data, key))
+            origins.setdefault((key,), label)
+
+
+def _run_folder(stated: Mapping[str, Any]) -> Path | None:
+    """The run that `run=` or `adapter=` names, if any. ConfigError where it is none."""
+    run, adapter = stated.get("run"), stated.get("adapter")
+    if run is not None and adapter is not None:
+        raise ConfigError(f"run={run} cannot be given together with adapter={adapter}: the run's own adapter is used; adapter={run} names it too")
+    if isinstance(run, str):
+        if not (Path(run) / "config.yaml").is_file():
+            raise ConfigError(f"run={run}: no run's folder, for it has no config.yaml{_runs_beside(Path(run))}")
+        return Path(run)
+    if isinstance(adapter, str):
+        folder = Path(adapter)
+        if (folder / "adapter_config.json").is_file():
+            return None
+        if (folder / "config.yaml").is_file():
+            return folder
+        raise ConfigError(f"adapter={adapter}: neither an adapter's folder (adapter_config.json) nor a run's (config.yaml){_runs_beside(folder)}")
+    return None
+
+
+def _runs_beside(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    from deltune.config.suggest import nearest
+
+    runs = [path.parent.name for path in folder.parent.glob("*/config.yaml")]
+    return f"; did you mean {' or '.join(str(folder.parent / name) for name in nearest(folder.name, runs) or sorted(runs)[:3])}?" if runs else ""
+
+
+def _only_if_there(folder: Path) -> str:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: does not exist; has the run ended? `deltune train {folder.parent / 'config.yaml'}` goes on with it")
+    return str(folder)

@@ -99,6 +99,7 @@ class Key:
     path: tuple[str, ...]
     hint: Any
     field: dataclasses.Field
+    section: type  # the dataclass that has the field
     option: str | None = None  # the option of the nearest Choice that this field belongs to
 
     @property
@@ -124,4 +125,4 @@ def walk(cls: type, *, load: bool = True, path: tuple[str, ...] = (), option: st
         elif "section" in field.metadata:
             yield from walk(field.metadata["section"], load=load, path=here)
         else:
-            yield Key(here, types_of[field.name], field, option)
+            yield Key(here, types_of[field.name], field, cls, option)
