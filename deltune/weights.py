@@ -76,19 +76,24 @@ def replacing(path: str | Path, num_bytes: int) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        if not _says_disk_full(error):
+        if not says_disk_full(error):
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise DeltuneError(
-            f"{path}: no space left to write {num_bytes:,} bytes ({free:,} bytes free). Nothing was replaced; free some "
-            "space, or write to another disk."
-        ) from None
+        raise disk_full(path, num_bytes) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
-def _says_disk_full(error: Exception) -> bool:
+def disk_full(path: Path, num_bytes: int) -> DeltuneError:
+    """The error to raise where no space is left for `num_bytes` at `path`."""
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    return DeltuneError(
+        f"{path}: no space left to write {num_bytes:,} bytes ({free:,} bytes free). Nothing was replaced; free some "
+        "space, or write to another disk."
+    )
+
+
+def says_disk_full(error: Exception) -> bool:
     # safetensors passes the system's error on as text only
     if isinstance(error, OSError):
         return error.errno in DISK_FULL

@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_one_message(straight, tmp_p
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(CheckpointError, match=r"No space left.*bytes free"):
+    with pytest.raises(CheckpointError, match=r"no space left.*bytes free.*the same command goes on"):
         run(tmp_path, stop_at=6)
     monkeypatch.undo()
     store = CheckpointStore(tmp_path / "checkpoints", 3)

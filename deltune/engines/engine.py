@@ -85,12 +85,12 @@ class Engine:
                 torch._foreach_mul_(gradients, 1.0 / self.loss_scale.scale)
 
     def grad_norm(self, parameters: Iterable[torch.nn.Parameter]) -> float:
-        """Euclidean norm over all gradients, in float32; not finite if any gradient is not."""
+        """Euclidean norm over all gradients, in float32 or wider; not finite if any gradient is not."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return 0.0
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms])).item()
+        wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide))).item()
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], norm: float, max_norm: float) -> None:
         """Scale all gradients so that their norm, measured before as `norm`, is at most `max_norm`."""

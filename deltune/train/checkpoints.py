@@ -65,7 +65,7 @@ class CheckpointStore:
 
         size = sum(t.numel() * t.element_size() for part in snapshot.tensors.values() for t in part.values())
         self.folder.mkdir(parents=True, exist_ok=True)
-        storage.write_folder(path, fill, {"step": snapshot.step}, needed=size)
+        storage.write_folder(path, fill, {"step": snapshot.step}, num_bytes=size)
         self._verified.add(snapshot.step)
         self.rotate(best_step)
         return path
