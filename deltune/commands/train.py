@@ -279,7 +279,7 @@ class Session:
             num_trainable=sum(n for n, moves in counts if moves), num_parameters=sum(n for n, _ in counts),
             config=run.to_dict(), parameter_table=self.parameter_table,
             flops_per_token=flops_per_token(self.model, length), peak_flops=peak,
-            description=description(run, self.engine, self.data, self.tokenizer),
+            description=description(run, self.engine, self.data, self.model),
         )
 
     # -- before the first step ------------------------------------------------------------------------------------
@@ -290,10 +290,10 @@ class Session:
 
         from deltune.train import randomness
         from deltune.train.console import Console
-        from deltune.train.metrics import MetricsFile, truncate_after
+        from deltune.train.metrics import MetricsFile
         from deltune.train.sinks import build_sinks
 
-        run, metrics_file = self.run, self.run.folder / "metrics.jsonl"
+        run = self.run
         before_file = run.folder / "before.json"
         fresh = not before_file.exists()
         if fresh:
@@ -305,9 +305,7 @@ class Session:
         if run.resume == "must" and loop.progress.step == 0:
             raise CheckpointError(f"{run.folder}: resume=must, but no checkpoint is whole: " + "; ".join(complaints))
         loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step)
-        if dist.is_main():
-            truncate_after(metrics_file, loop.progress.step)
-            loop.callbacks += [MetricsFile(metrics_file), *build_sinks(run.log, run.folder), Console(run.log)]
+        loop.callbacks += [MetricsFile(run.log), *build_sinks(run.log), Console(run.log)]
         if self.task_print is not None:
             loop.callbacks.append(task_printer(self.task_print))
         loop.callbacks += callbacks

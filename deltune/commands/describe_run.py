@@ -1,0 +1,49 @@
+"""What a run's record says of its surroundings: versions, device, model and data. Facts only, all plain values."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def description(run: Any, engine: Any, data: Any, model: Any) -> dict[str, Any]:
+    """The `description` of RunInfo; docs/runs.md lists its keys."""
+    from deltune.models.load import model_identity
+
+    return {
+        "versions": versions(),
+        "device": device(engine),
+        "model": {
+            **model_identity(run.model),
+            "architecture": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "data": data.report.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    from deltune import __version__
+
+    found = {"deltune": __version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def device(engine: Any) -> dict[str, Any]:
+    import torch
+
+    if engine.device.type == "cuda":
+        name = torch.cuda.get_device_name(engine.device)
+    else:
+        name = f"{engine.device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+    return {
+        "name": name,
+        "processes": engine.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": engine.config.precision,
+        "system": platform.system(),
+    }
