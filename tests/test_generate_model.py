@@ -128,6 +128,15 @@ def test_streamed_text_is_the_generated_text(changes):
         assert len(pieces) > 1
 
 
+def test_a_stream_computes_in_the_precision_around_it():
+    model, seen = chatty(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        streamed = "".join(stream(model, TOKENIZER, PROMPTS[0], GenerateOptions(max_new_tokens=6)))
+        assert streamed == generate(model, TOKENIZER, PROMPTS[:1], GenerateOptions(max_new_tokens=6))[0].text
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_a_closed_stream_ends_at_the_next_token():
     model = chatty()
     model.generation_config.eos_token_id = None

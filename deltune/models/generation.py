@@ -118,14 +118,20 @@ def stream(
     _check_prompt(model, ids, number)
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     ending_wanted: list[bool] = []
+    kind = next(model.parameters()).device.type
+    precision = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
     def each_token(ending: Ending) -> bool:
         pieces.put(ending.texts[0].take())
         return bool(ending_wanted)
 
+    def run() -> Ending:
+        with torch.autocast(kind, **precision):  # a thread starts without its parent's autocast
+            return _run(model, tokenizer, [ids], [number], options, each_token)
+
     # transformers calls back for each token, so the loop has a thread of its own and this one waits for text
     with ThreadPoolExecutor(1) as worker:
-        future = worker.submit(_run, model, tokenizer, [ids], [number], options, each_token)
+        future = worker.submit(run)
         future.add_done_callback(lambda _: pieces.put(None))
         try:
             while (piece := pieces.get()) is not None:
