@@ -23,7 +23,6 @@ from deltune.models.config import ModelConfig
 from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
 from deltune.train.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
-SINKS = ("tensorboard", "wandb", "mlflow", "trackio")
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
 S = TypeVar("S")
@@ -180,11 +179,12 @@ def _record_rules(run: Run) -> Iterator[str]:
     log = run.log
     if run.name is not None and not NAME.fullmatch(run.name):
         yield "name must be a plain folder name: letters, digits and . _ + = -, not starting with a sign, at most 200"
+    from deltune.config.suggest import closest
+    from deltune.train.sinks import SINKS
+
     for sink in log.sinks:
         if sink not in SINKS:
-            from deltune.config.suggest import closest
-
-            yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, SINKS)}"
+            yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, list(SINKS))}"
     if _changed(log, "project") and not set(log.sinks) & set(SINKS_WITH_PROJECT):
         yield f"log.project has no effect: none of {', '.join(SINKS_WITH_PROJECT)} is in log.sinks"
     if log.progress in ("bar", "off") and _changed(log, "lines_every_seconds"):
@@ -366,6 +366,8 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     taken: dict[str, dict[str, Any]] = {"model": asdict(run.model), "engine": {"precision": run.engine.precision}}
     # what only training reads has no meaning here
     taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": False, "start": "pretrained"}
+    if run.adapter is not None and run.model.start == "random":
+        raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
     if run.adapter is None:
         taken["model"] |= {"path": _only_if_there(folder / "model"), "revision": None}
     if cls is EvalSettings:
