@@ -1,0 +1,233 @@
+"""Examples read and tokenised as training goes: never more than one block in memory, and the place in the data is a few numbers.
+
+A block is so many rows in reading order; its examples are shuffled by a function of (seed, epoch, block). To resume,
+the block is read once more, from the byte where it began. Several sources are read one after another in file order;
+with shuffling they are interleaved in proportion to their size and weight, so that a block is a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltune.data.config import DataConfig
+from deltune.data.dataset import IGNORED, Counts, Example, Reject
+from deltune.data.encode import Encoder, tokenizer_digest
+from deltune.data.formats import Schema
+from deltune.data.order import BLOCK, ROW, Permutation, key
+from deltune.data.read import Cursor, File, Record, read
+from deltune.data.rows import RejectLog, count, outcomes, refusal, stops
+from deltune.data.sources import SourceFiles
+from deltune.errors import DataError
+from deltune.log import logger
+
+
+@dataclass
+class StreamSource:
+    """One source of a stream and the counts it adds to."""
+
+    files: SourceFiles
+    schema: Schema
+    encoder: Encoder
+    counts: Counts
+
+
+@dataclass
+class _Place:
+    """How far one source has been read in this epoch. Plain numbers, so that it can be saved."""
+
+    turn: int = 0  # pass over the source: a weight of 2.5 makes three, the last in part
+    file: int = 0
+    offset: int = 0
+    number: int = 0
+    taken: int = 0  # rows given so far in this epoch
+    done: bool = False
+
+
+class _Reader:
+    """Rows of one source, in order, from a place on."""
+
+    def __init__(self, source: StreamSource, index: int, seed: int):
+        self.source, self.index, self.seed = source, index, seed
+        weight = source.files.source.weight
+        self.num_full, self.part = int(weight), weight - int(weight)
+        self.rate = weight * source.files.size
+        self.place, self.epoch = _Place(), 0
+        self._records: Iterator[Record] | None = None
+
+    def seek(self, place: _Place, epoch: int) -> None:
+        self.place, self.epoch, self._records = _Place(**vars(place)), epoch, None
+
+    def next(self) -> tuple[File, Record] | None:
+        """The next row; None at the end of the epoch's passes."""
+        place, files = self.place, self.source.files.files
+        while not place.done:
+            if place.turn > self.num_full or (place.turn == self.num_full and not self.part):
+                place.done = True
+            elif place.file >= len(files):
+                place.turn, place.file = place.turn + 1, 0
+            else:
+                file = files[place.file]
+                if self._records is None:
+                    self._records = read(file, Cursor(place.offset, place.number))
+                record = next(self._records, None)
+                if record is None:
+                    self._records, place.file, place.offset, place.number = None, place.file + 1, 0, 0
+                    continue
+                place.offset, place.number = record.after
+                if place.turn < self.num_full or self._in_part(place.file, record.number):
+                    place.taken += 1
+                    return file, record
+        return None
+
+    def _in_part(self, file: int, number: int) -> bool:
+        """Whether a row belongs to this epoch's share of the last pass: rows have a place on a circle, drawn once, and
+        the share moves around it from epoch to epoch."""
+        place = key(self.seed, ROW, self.index, file, number) / 2**64
+        return (place - self.epoch * self.part) % 1.0 < self.part
+
+
+class Stream:
+    """An endless sequence of examples: epochs of the data, one after another. `take(n)` gives the next n.
+
+    `counts` grow as rows are read in the first epoch. The number of examples of an epoch is not known before.
+    """
+
+    examples_per_epoch = None
+
+    def __init__(self, sources: list[StreamSource], config: DataConfig, log: RejectLog):
+        self.sources, self.config, self.log = sources, config, log
+        self.counts = Counts()
+        self._readers = [_Reader(s, i, config.seed) for i, s in enumerate(sources)]
+        self._epoch, self._block, self._rows_read = 0, 0, 0
+        self._any_in_epoch = False
+        self._examples: list[Example] = []
+        self._taken = 0  # of the block in memory
+        self._mark: dict[str, Any] = self._here()
+        self._read_up_to = (0, 0)  # (epoch, block): blocks before it have been counted
+        self._said: set[str] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes, the settings and the tokenizer: contents are not read for it."""
+        what: list[Any] = [repr(self.config)]
+        for source in self.sources:
+            what.append([source.schema.describe(), source.encoder.name, tokenizer_digest(source.encoder.tokenizer)])
+            what += [[f.path, f.kind, f.split] for f in source.files.files] + [source.files.size]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def take(self, n: int) -> list[Example]:
+        """The next n examples, through the ends of epochs. Raises DataError for a bad row as `on_bad` says."""
+        found: list[Example] = []
+        while len(found) < n:
+            if self._taken == len(self._examples):
+                self._next_block()
+            piece = self._examples[self._taken : self._taken + n - len(found)]
+            found += piece
+            self._taken += len(piece)
+        return found
+
+    # ---- place
+
+    def _here(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "block": self._block,
+            "rows_read": self._rows_read,
+            "any_in_epoch": self._any_in_epoch,
+            "readers": [dict(vars(r.place)) for r in self._readers],
+            "rejects_bytes": self.log.size(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next example, as plain JSON values."""
+        return {**self._mark, "taken": self._taken, "fingerprint": self.fingerprint}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to a place; reads its block again. DataError if the data or settings are not those of the state."""
+        if state.get("fingerprint") != self.fingerprint:
+            raise DataError("the training data, its settings or the tokenizer are not those of the checkpoint")
+        self._epoch, self._block, self._rows_read = state["epoch"], state["block"], state["rows_read"]
+        self._any_in_epoch = state["any_in_epoch"]
+        for reader, place in zip(self._readers, state["readers"], strict=True):
+            reader.seek(_Place(**place), self._epoch)
+        self.log.cut(state["rejects_bytes"])
+        self._read_up_to = (self._epoch, self._block)
+        self._examples, self._taken, self._mark = [], 0, self._here()
+        if state["taken"]:
+            self._next_block()
+            self._taken = state["taken"]
+
+    # ---- blocks
+
+    def _next_block(self) -> None:
+        """Read the next block that holds an example."""
+        self._examples, self._taken = [], 0
+        while not self._examples:
+            self._mark = self._here()
+            rows = self._rows()
+            if not rows:
+                self._next_epoch()
+                continue
+            self._examples = self._encode(rows)
+            self._any_in_epoch = self._any_in_epoch or bool(self._examples)
+            if self.config.shuffle:
+                order = Permutation(max(1, len(self._examples)), key(self.config.seed, BLOCK, self._epoch, self._block))
+                self._examples = [self._examples[i] for i in order(np.arange(len(self._examples)))]
+            self._block += 1
+
+    def _next_epoch(self) -> None:
+        if not self._any_in_epoch:
+            raise DataError(f"data.train: no token would be trained ({self.counts.rows} rows read, {self.counts.rejected} rejected)")
+        self._epoch, self._block, self._rows_read, self._any_in_epoch = self._epoch + 1, 0, 0, False
+        for reader in self._readers:
+            reader.seek(_Place(), self._epoch)
+
+    def _rows(self) -> list[tuple[int, File, Record]]:
+        """(source, file, record) of the next block; empty at the end of an epoch."""
+        found: list[tuple[int, File, Record]] = []
+        limit = self.config.read_nums
+        while len(found) < self.config.stream_block and (limit is None or self._rows_read < limit):
+            waiting = [r for r in self._readers if not r.place.done]
+            if not waiting:
+                break
+            reader = min(waiting, key=lambda r: (r.place.taken + 1) / r.rate) if self.config.shuffle else waiting[0]
+            row = reader.next()
+            if row is not None:
+                found.append((reader.index, *row))
+                self._rows_read += 1
+        return found
+
+    def _encode(self, rows: list[tuple[int, File, Record]]) -> list[Example]:
+        """The examples of a block in reading order; rows that cannot be used are refused or logged."""
+        results = {
+            index: outcomes((record for i, _, record in rows if i == index), source.schema, source.encoder)
+            for index, source in enumerate(self.sources)
+        }
+        new = (self._epoch, self._block) >= self._read_up_to and self._epoch == 0
+        examples: list[Example] = []
+        rejects: list[tuple[File, Reject]] = []
+        for index, file, _ in rows:
+            outcome = next(results[index])
+            if new:
+                for counts in (self.counts, self.sources[index].counts):
+                    count(counts, outcome)
+            for note in outcome.notes - self._said:
+                logger.warning("%s: %s", file.where(outcome.number), note)
+                self._said.add(note)
+            if outcome.reject:
+                rejects.append((file, outcome.reject))
+            for e in outcome.examples:
+                labels = np.where(e.trained, e.ids, np.int32(IGNORED)).astype(np.int32)
+                examples.append(Example(e.ids, labels, file.where(outcome.number)))
+        refused = [r for r in rejects if stops(r[1], self.config)]
+        if refused:
+            raise refusal(refused)
+        if new:
+            self.log.write(("train", file, reject) for file, reject in rejects)
+        return examples
