@@ -41,7 +41,7 @@ class Console(Callback):
             self.config.progress == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb"
         )
         self.view = _Bar(stream) if bar else _Lines(stream, self.config.lines_every_seconds)
-        self.num_steps = info.num_steps
+        self.num_steps, self.folder = info.num_steps, info.folder
         self.remaining = RemainingTime(info.num_steps, info.config.get("eval", {}).get("every"))
         self.loss = Smooth(SMOOTHING)
         self.view.head(title(info), head(info))
@@ -64,11 +64,12 @@ class Console(Callback):
 
     def on_save(self, step: int, path: Path) -> None:
         if self.view is not None:
-            self.view.say(f"step {step}/{self.num_steps}  saved {display.one_line(path)}", "dim")
+            place = display.one_line(os.path.relpath(path, self.folder))
+            self.view.say(f"step {step}/{self.num_steps}  saved {place}", "dim")
 
     def on_event(self, step: int, message: str) -> None:
         if self.view is not None:
-            self.view.say(f"step {step}/{self.num_steps}  {display.one_line(message)}", "yellow")
+            self.view.say(display.one_line(message), "yellow")
 
     def on_end(self, outcome: Outcome) -> None:
         if self.view is None:
@@ -135,6 +136,12 @@ def _data(data: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text with `?` for what the stream's encoding lacks: a sign that cannot be shown must not end a run."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 class _Lines:
     """Plain text, one line a message."""
 
@@ -166,8 +173,12 @@ class _Lines:
         self.say("  ".join(parts), "")
 
     def say(self, text: str, style: str) -> None:
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(_encodable(text, self.stream) + "\n")
+            self.stream.flush()
+        except BrokenPipeError:
+            # whoever read has left, as `| head` does; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def table(self, rows: list[list[str]]) -> None:
         for line in display.aligned(rows):
@@ -191,6 +202,7 @@ class _Bar:
     def __init__(self, stream: TextIO):
         from rich.console import Console as Terminal
 
+        self.stream = stream
         self.terminal = Terminal(file=stream, highlight=False)
         self.progress: Any = None
         self.drawn = 0.0
@@ -201,7 +213,7 @@ class _Bar:
 
         self.say(title, "bold")
         for label, text in lines:
-            self.terminal.print(Text.assemble((f"  {label:<10}  ", "dim"), text))
+            self.terminal.print(Text.assemble((f"  {label:<10}  ", "dim"), _encodable(text, self.stream)))
 
     def begin(self, step: int, num_steps: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -241,17 +253,18 @@ class _Bar:
     def say(self, text: str, style: str) -> None:
         from rich.text import Text
 
-        self.terminal.print(Text(text, style=style))
+        self.terminal.print(Text(_encodable(text, self.stream), style=style))
 
     def table(self, rows: list[list[str]]) -> None:
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, heading in enumerate(rows[0]):
             table.add_column(heading, justify="right" if i else "left", style="bold" if heading == "after" else "")
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*(Text(_encodable(cell, self.stream)) for cell in row))
         self.terminal.print(table)
 
     def end(self) -> None:

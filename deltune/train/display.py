@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from typing import Any
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 FRACTIONS = ("exact_match", "token_accuracy", "accuracy")  # metrics in 0..1 that people read as percent
 
 
-def si(value: float) -> str:
-    """Three digits and a thousands prefix: 12345 -> 12.3k, 950 -> 950, 1e12 -> 1T."""
+def si(value: float, unit: str = "") -> str:
+    """Three digits and a thousands prefix: 12345 -> 12.3k, 950 -> 950, with a unit 2.7e12 -> 2.7 TFLOP."""
     if not math.isfinite(value):
-        return str(value)
+        return f"{value} {unit}".rstrip()
     size, place = abs(value), 0
     # 999.5 would be written as 1000 of the smaller unit
     while size >= 999.5 and place < len(PREFIXES) - 1:
         size, value, place = size / 1000, value / 1000, place + 1
-    return f"{value:.3g}{PREFIXES[place]}"
+    return f"{value:.3g}{' ' if unit else ''}{PREFIXES[place]}{unit}"
 
 
 def count(value: int) -> str:
@@ -88,6 +89,31 @@ def _visible(character: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else "�"
+
+
+def value(thing: Any) -> str:
+    """Any plain value on one line: 84,210, yes, 0.002, a, b."""
+    if isinstance(thing, bool):
+        return "yes" if thing else "no"
+    if isinstance(thing, int):
+        return f"{thing:,}"
+    if isinstance(thing, float):
+        return number(thing)
+    if isinstance(thing, list):
+        return ", ".join(value(entry) for entry in thing)
+    return one_line(thing)
+
+
+def flat_facts(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as (names in words, value); empty ones are left out."""
+    found: list[tuple[str, Any]] = []
+    for key, entry in facts.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(entry, dict):
+            found += flat_facts(entry, f"{name} · ")
+        elif entry not in (None, "", []):
+            found.append((name, entry))
+    return found
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

@@ -17,37 +17,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deltune import dist
+from deltune import dist, weights
 from deltune.errors import CheckpointError
 from deltune.log import logger
 from deltune.train import storage
 from deltune.train.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
-from deltune.train.config import LogConfig
 
 FILE = "metrics.jsonl"
 TIMING = ("time", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def is_logged(record: StepRecord, every: int, num_steps: int) -> bool:
-    """Whether a step gets a line here and a point at the sinks: every so many, the last, and each that was skipped."""
-    return record.step % every == 0 or record.step == num_steps or record.skipped
-
-
 class MetricsFile(Callback):
-    """Writes metrics.jsonl on rank 0."""
+    """Writes `path` on rank 0. What a folder's file holds past the step that the run goes on after is dropped at start."""
 
-    def __init__(self, config: LogConfig):
-        self.every = config.every
+    def __init__(self, path: Path):
+        self.path = path
         self._handle: int | None = None
 
     def on_start(self, info: RunInfo) -> None:
         if not dist.is_main():
             return
-        self.folder, self.num_steps, self.path = info.folder, info.num_steps, info.folder / FILE
         start = {"kind": "start", "time": time.time(), **_start_fields(info)}
         changes: list[str] = []
-        if info.start_step and self.path.exists():
+        if self.path.exists():
             changes = _continue(self.path, start, info.start_step)
         else:
             if info.start_step:
@@ -59,17 +52,14 @@ class MetricsFile(Callback):
             self.on_event(info.start_step, change)
 
     def on_step(self, record: StepRecord) -> None:
-        if self._handle is not None and is_logged(record, self.every, self.num_steps):
-            fields = dataclasses.asdict(record)
-            fields["extra"] = _scalars(record.extra)
-            self._write("step", fields)
+        self._write("step", dataclasses.asdict(record) | {"extra": _scalars(record.extra)})
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", dataclasses.asdict(record) | {"metrics": _scalars(record.metrics)})
 
     def on_save(self, step: int, path: Path) -> None:
         if self._handle is not None:
-            self._write("save", {"step": step, "path": Path(os.path.relpath(path, self.folder)).as_posix()})
+            self._write("save", {"step": step, "path": Path(os.path.relpath(path, self.path.parent)).as_posix()})
             os.fsync(self._handle)
 
     def on_event(self, step: int, message: str) -> None:
@@ -92,14 +82,15 @@ class MetricsFile(Callback):
             return
         data = _line({"kind": kind, **fields, "time": time.time()}).encode()
         size = os.fstat(self._handle).st_size
-        with storage.told_of_full_disk(self.path, len(data)):
-            try:
-                written = os.write(self._handle, data)
-                while written < len(data):
-                    written += os.write(self._handle, data[written:])
-            except OSError:
-                os.ftruncate(self._handle, size)
+        try:
+            written = os.write(self._handle, data)
+            while written < len(data):
+                written += os.write(self._handle, data[written:])
+        except OSError as error:
+            os.ftruncate(self._handle, size)
+            if not weights.says_disk_full(error):
                 raise
+            raise weights.disk_full(self.path, len(data)) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +99,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop every line past `step`, an end line and a last line cut short; the file is replaced in one step."""
+    """Drop every line past `step`, an end line and a last line cut short; the file, if there is one, is replaced in one step."""
+    if not path.exists():
+        return
     kept = [line for line, value in _parsed(path) if _belongs(value, step)]
     storage.write_text(path, "".join(line + "\n" for line in kept))
 

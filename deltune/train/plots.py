@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
-from deltune.train import records, storage
+from deltune import weights
+from deltune.train import records
 from deltune.train.curves import smooth, spans_decades
 from deltune.train.display import one_line
 
@@ -32,10 +32,8 @@ def loss_png(folder: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "Deltune"})
     path = folder / FILE
-    with storage.told_of_full_disk(path):
-        temporary = path.with_name(f".{path.name}.tmp")
+    with weights.replacing(path, len(picture.getvalue())) as temporary:
         temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, path)
     return path
 
 

@@ -136,10 +136,6 @@ def _json(path: Path) -> Any:
 
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:
-    import yaml
+    from deltune.config.yaml_file import parse
 
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    return value if isinstance(value, dict) else {}
+    return parse(text, str(path))[0]

@@ -1,13 +1,12 @@
 """Where a run's scalars go besides metrics.jsonl, each sink a name in SINKS, imported only when named.
 
-metrics.jsonl is the truth: after a resume a sink ends up with each step once and the same values. Nothing leaves the
+metrics.jsonl, written before them, is the truth: after a resume a sink ends up with each step once. Nothing leaves the
 machine unless the user has set it up: W&B is offline without WANDB_MODE or WANDB_API_KEY, MLflow and Trackio write
 where their own variables point, locally without any, and the usage statistics of all of them are switched off.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -17,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltune import dist
+from deltune import dist, weights
+from deltune.config.suggest import closest
 from deltune.errors import ConfigError
 from deltune.log import logger
 from deltune.train import metrics, storage
@@ -42,9 +42,7 @@ def build_sinks(config: LogConfig) -> list[Callback]:
     sinks = []
     for i, name in enumerate(config.sinks):
         if name not in SINKS:
-            near = difflib.get_close_matches(name, SINKS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"log.sinks[{i}]: unknown sink {name!r}{hint} Known: {', '.join(SINKS)}")
+            raise ConfigError(f"log.sinks[{i}]: no sink {name!r}{closest(name, list(SINKS))}. What fits: {', '.join(SINKS)}.")
         sinks.append(SINKS[name](config))
     return sinks
 
@@ -64,20 +62,18 @@ class Sink(Callback):
     """What all sinks share: rank 0 alone writes, the steps are those of metrics.jsonl, the run keeps its id."""
 
     package: str  # to import
-    extra: str  # to install: pip install 'deltune[extra]'
+    install: str  # what pip is asked for
 
     def __init__(self, config: LogConfig):
-        self.every = config.every
         self.project = config.project
         self.is_open = False
         try:
             self.module = importlib.import_module(self.package)
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != self.package.split(".")[0]:
+            if error.name != self.package:
                 raise
             raise ConfigError(
-                f"log.sinks: {self.extra!r} needs the package {self.package.split('.')[0]!r}, which is not installed; "
-                f"pip install 'deltune[{self.extra}]', or leave the sink out"
+                f"log.sinks: {self.package!r} is not installed. What fits: pip install '{self.install}', or a log.sinks without it."
             ) from None
 
     def open(self, info: RunInfo) -> None: ...
@@ -88,12 +84,11 @@ class Sink(Callback):
 
     def on_start(self, info: RunInfo) -> None:
         if dist.is_main():
-            self.num_steps = info.num_steps
             self.open(info)
             self.is_open = True
 
     def on_step(self, record: StepRecord) -> None:
-        if self.is_open and metrics.is_logged(record, self.every, self.num_steps):
+        if self.is_open:
             self.write(record.step, step_scalars(vars(record)))
 
     def on_eval(self, record: EvalRecord) -> None:
@@ -117,7 +112,7 @@ class Sink(Callback):
 def logged(info: RunInfo) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, scalars) of each line in the folder's metrics.jsonl up to the step that the run goes on after."""
     path = info.folder / metrics.FILE
-    if not info.start_step or not path.exists():
+    if not path.exists():
         return
     for line in metrics.read(path):
         if line["kind"] == "step" and line["step"] <= info.start_step:
@@ -142,28 +137,39 @@ class TensorBoard(Sink):
     """Event files in the run's folder `tensorboard/`; view with `tensorboard --logdir runs`."""
 
     package = "tensorboard"
-    extra = "tensorboard"
+    install = "tensorboard"
 
     def open(self, info: RunInfo) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.folder = info.folder / "tensorboard"
         self.writer = EventFileWriter(str(self.folder))
-        self.last = -1
-        # readers drop what earlier files hold from this step on
-        purged = info.start_step + 1 if info.start_step else 0
-        self.writer.add_event(Event(wall_time=time.time(), step=purged, session_log=SessionLog(status=SessionLog.START)))
+        self._begin_at(info.start_step + 1)
+
+    def _begin_at(self, step: int) -> None:
+        """Readers drop what they have from this step on."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self.last = step - 1
+        self.writer.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        if step < self.last:  # the run has been rolled back
+            self._begin_at(step)
+        self.last = step
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        with storage.told_of_full_disk(self.folder):
-            self.writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        try:
+            self.writer.add_event(event)
             # a kill must lose no step that metrics.jsonl has
             self.writer.flush()
+        except OSError as error:
+            if not weights.says_disk_full(error):
+                raise
+            raise weights.disk_full(self.folder, event.ByteSize()) from None
 
     def shut(self) -> None:
         self.writer.close()
@@ -173,7 +179,7 @@ class WandB(Sink):
     """Weights & Biases. Synchronising an offline run replaces what was there under its id, so a resumed one replays."""
 
     package = "wandb"
-    extra = "wandb"
+    install = "deltune[wandb]"
 
     def __init__(self, config: LogConfig):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -181,8 +187,7 @@ class WandB(Sink):
 
     def open(self, info: RunInfo) -> None:
         offline = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline") == "offline"
-        known = run_id(info.folder, "wandb") if info.start_step else None
-        name = known or secrets.token_hex(4)
+        name = run_id(info.folder, "wandb") or secrets.token_hex(4)
         keep_run_id(info.folder, "wandb", name)
         try:
             self.run = self.module.init(
@@ -212,7 +217,7 @@ class MLflow(Sink):
     """MLflow. It would keep a step twice, so a resumed run asks first which steps it has."""
 
     package = "mlflow"
-    extra = "mlflow"
+    install = "deltune[mlflow]"
 
     def __init__(self, config: LogConfig):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -224,7 +229,7 @@ class MLflow(Sink):
         try:
             self.client = self.module.MlflowClient()
             self.module.set_experiment(self.project)
-            self.run = run_id(info.folder, "mlflow") if info.start_step else None
+            self.run = run_id(info.folder, "mlflow")
             active = self.module.start_run(run_id=self.run, run_name=None if self.run else info.name)
             self.resumed = self.run is not None
             self.run = active.info.run_id
@@ -270,7 +275,7 @@ class Trackio(Sink):
     """Trackio, local unless its own variables name a Space. It appends without looking, so a resumed run is written anew."""
 
     package = "trackio"
-    extra = "trackio"
+    install = "deltune[trackio]"
 
     def __init__(self, config: LogConfig):
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -278,7 +283,7 @@ class Trackio(Sink):
 
     def open(self, info: RunInfo) -> None:
         # the id makes the name this run's own: deleting it can take nobody else's
-        known = run_id(info.folder, "trackio") if info.start_step else None
+        known = run_id(info.folder, "trackio")
         name = known or f"{info.name}-{secrets.token_hex(3)}"
         keep_run_id(info.folder, "trackio", name)
         if known:

@@ -21,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 20, 26
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style`: line, faint (behind a line) or points; `color` 1 to 3."""
+    """One curve. `style`: line, faint (behind a line) or points (marked and joined); `color` 1 to 3."""
 
     name: str
     x: Sequence[float]
@@ -59,9 +59,9 @@ def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that lie in [low, high], about `target` of them."""
     if not high > low:
         return [low]
-    rough = (high - low) / target
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999999)
+    span = high - low
+    power = 10.0 ** math.floor(math.log10(span / target))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(span / step - target))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -76,15 +76,15 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
 
 
-def tick_label(value: float) -> str:
-    """0, 120, 1.5k, 2e-04: short enough for a margin."""
+def tick_label(value: float, largest: float | None = None) -> str:
+    """0, 120, 1.5k, 2e-4: short enough for a margin. `largest` is that of the same axis, so that its ticks look alike."""
     size = abs(value)
     if size == 0:
         return "0"
     if size >= 1e4 or (size >= 1000 and value % 1000 == 0):
         power = min(5, int(math.log10(size) + 1e-9) // 3)
         return f"{value / 1000**power:.4g}{('', 'k', 'M', 'G', 'T', 'P')[power]}"
-    if size < 1e-3:
+    if (largest or size) < 1e-3:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.6g}"
@@ -135,9 +135,10 @@ def _frame(series: Sequence[Series], width: int, height: int, log: bool, from_ze
 
 
 def _grid(frame: _Frame, width: int, height: int) -> Markup:
+    largest = None if frame.y.log else max(map(abs, frame.y_ticks))
     horizontal = Markup("").join(
         Markup('<line x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-            LEFT, width - RIGHT, y, y, LEFT - 7, y + 4, tick_label(tick)
+            LEFT, width - RIGHT, y, y, LEFT - 7, y + 4, tick_label(tick, largest)
         )
         for tick, y in ((tick, frame.y.place(tick)) for tick in frame.y_ticks)
     )
@@ -152,14 +153,12 @@ def _grid(frame: _Frame, width: int, height: int) -> Markup:
 
 
 def _curve(series: Series, frame: _Frame) -> Markup:
-    if series.style == "points":
-        dots = Markup("").join(
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(frame.x.place(x), frame.y.place(y))
-            for x, y in zip(series.x, series.y, strict=True)
-            if math.isfinite(y)
-        )
-        return Markup('<g class="dots c{}">{}</g>').format(series.color, dots)
     xs, ys = thin(series.x, series.y)
+    dots = Markup("").join(
+        Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3"/>').format(frame.x.place(x), frame.y.place(y))
+        for x, y in zip(xs, ys, strict=True)
+        if math.isfinite(y) and series.style == "points"
+    )
     path, pen = [], "M"
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         if not math.isfinite(y):
@@ -170,7 +169,7 @@ def _curve(series: Series, frame: _Frame) -> Markup:
         # a point between two gaps would be invisible: round caps draw a line of no length
         path += ["h0"] if alone else []
         pen = "L"
-    return Markup('<path class="{} c{}" d="{}"/>').format(series.style, series.color, "".join(path))
+    return Markup('<g class="{} c{}"><path d="{}"/>{}</g>').format(series.style, series.color, "".join(path), dots)
 
 
 def _hovers(series: Sequence[Series], frame: _Frame, width: int, height: int, written: Callable[[float], str]) -> Markup:
