@@ -24,16 +24,22 @@ CONFIG = {
     "eval": {"every": 40},
     "log": {"every": 1},
 }
+# as commands.describe_run makes it
 DESCRIPTION = {
-    "model": {"path": "bundled", "architecture": "LlamaForCausalLM", "dtype": "float32", "sha256": "ab" * 32},
+    "model": {"path": "bundled", "architecture": "LlamaForCausalLM", "dtype": "float32", "sha256": {"config.json": "ab" * 32}},
     "data": {
-        "train": {"examples": 2000, "tokens": 84_210, "trained_tokens": 12_034, "files": ["words.jsonl"], "fingerprint": "cd" * 32},
-        "eval": {"examples": 200, "tokens": 8_423, "trained_tokens": 1_201},
+        "rows": 2003, "used": 2000, "rejected": 3, "overlong": 0, "truncated": 0, "examples": 2000, "tokens": 84_210,
+        "trained_tokens": 12_034, "largest_id": 511, "notes": {"the answer was cut": 7}, "held_out": 0, "streaming": False,
+        "sources": [{"name": "words.jsonl", "format": "alpaca", "template": "chat", "weight": 1.0, "num_files": 1, "unused_columns": ["id"], "counts": {}}],
+        "evaluation": {
+            "rows": 200, "used": 200, "rejected": 0, "overlong": 0, "truncated": 0, "examples": 200, "tokens": 8_423,
+            "trained_tokens": 1_201, "notes": {}, "held_out": 0, "streaming": False, "sources": [], "evaluation": None,
+        },
     },
     "device": {"name": "CPU, 2 threads", "processes": 1},
     "versions": {"deltune": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},
-    "fingerprint": "ef" * 32,
-}
+    "fingerprint": {"train": "cd" * 32, "eval": "ef" * 32},
+}  # fmt: skip
 TABLE = [
     {"module": "attention", "tensors": 32, "trainable": 40_960, "total": 983_040},
     {"module": "mlp", "tensors": 24, "trainable": 49_152, "total": 1_622_016},

@@ -43,7 +43,7 @@ def test_the_head_says_what_will_be_trained(tmp_path):
         "Deltune 0.1.0: words",
         "  model       bundled (LlamaForCausalLM, float32)",
         "  parameters  90,112 trainable of 3.39M (2.7 %)",
-        "  data        2,000 examples for training (84,210 tokens, 12,034 trained), 200 examples for evaluation",
+        "  data        2,000 examples (84,210 tokens, 12,034 trained), 200 for evaluation",
         "  steps       200, going on after 120",
         "  device      CPU, 2 threads",
         f"  folder      {tmp_path}",

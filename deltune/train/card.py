@@ -126,8 +126,17 @@ def _usage(run: records.Records) -> str:
 
 
 def _data(run: records.Records) -> str:
-    facts = display.flat_facts(run.description.get("data", {}))
-    return "## Data\n\n" + _facts(facts) if facts else ""
+    tables = [
+        table([[markdown(cell) for cell in rows[0]], *([_cell(cell) for cell in row] for row in rows[1:])])
+        for rows in (run.data_table(), run.source_table())
+        if rows
+    ]
+    return "## Data\n\n" + "\n\n".join([*tables, *map(markdown, run.data_notes())]) if tables else ""
+
+
+def _cell(cell: Any) -> str:
+    """Counts as text, anything that a user named as code."""
+    return markdown(display.value(cell)) if isinstance(cell, (int, float)) else code(display.value(cell))
 
 
 def _settings(run: records.Records) -> str:

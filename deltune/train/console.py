@@ -126,13 +126,11 @@ def _model(model: dict[str, Any]) -> str:
 
 def _data(data: dict[str, Any]) -> str:
     parts = []
-    for part, label in (("train", "for training"), ("eval", "for evaluation")):
-        facts = data.get(part) or {}
-        if "examples" in facts:
-            parts.append(f"{display.count(facts['examples'])} examples {label}")
-    train = data.get("train") or {}
-    if "tokens" in train and "trained_tokens" in train:
-        parts[0] += f" ({display.count(train['tokens'])} tokens, {display.count(train['trained_tokens'])} trained)"
+    if "examples" in data:
+        tokens = f"({display.count(data['tokens'])} tokens, {display.count(data['trained_tokens'])} trained)"
+        parts.append("read as training goes" if data["streaming"] else f"{display.count(data['examples'])} examples {tokens}")
+    if data.get("evaluation"):
+        parts.append(f"{display.count(data['evaluation']['examples'])} for evaluation")
     return ", ".join(parts)
 
 

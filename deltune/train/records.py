@@ -14,6 +14,10 @@ from typing import Any
 from deltune.errors import CheckpointError
 from deltune.train import metrics
 
+# of what data.prepare's report tells of each set and of each of its sources
+DATA_COUNTS = ("rows", "examples", "tokens", "trained_tokens", "rejected", "overlong", "truncated", "held_out")
+DATA_SOURCE = ("name", "format", "template", "weight", "num_files", "unused_columns")
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -73,6 +77,30 @@ class Records:
         """Steps and one metric of every evaluation that has it."""
         found = [(line["step"], line["metrics"][name]) for line in self.evals if name in line["metrics"]]
         return [step for step, _ in found], [value for _, value in found]
+
+    def data_table(self) -> list[list[Any]]:
+        """What became of the rows: one row for each data set, header first; [] where that is not known."""
+        sets = [(name, facts) for name, facts in self._data_sets() if "examples" in facts]
+        columns = [name for name in DATA_COUNTS if any(facts.get(name) for _, facts in sets)]
+        head = ["set", *(name.replace("_", " ") for name in columns)]
+        return [head, *([name, *(facts.get(column, 0) for column in columns)] for name, facts in sets)] if sets else []
+
+    def source_table(self) -> list[list[Any]]:
+        """Where the rows came from and how they were read, header first; [] where that is not known."""
+        rows = [
+            [name, *(source.get(column, "") for column in DATA_SOURCE)]
+            for name, facts in self._data_sets()
+            for source in facts.get("sources", [])
+        ]
+        return [["set", *(column.replace("_", " ") for column in DATA_SOURCE)], *rows] if rows else []
+
+    def data_notes(self) -> list[str]:
+        """What the preparation of the data had to say, with the number of rows that it holds for."""
+        return [f"{note}: {count:,}" for _, facts in self._data_sets() for note, count in facts.get("notes", {}).items()]
+
+    def _data_sets(self) -> list[tuple[str, dict[str, Any]]]:
+        data = self.description.get("data") or {}
+        return [("training", data), ("evaluation", data.get("evaluation") or {})]
 
     def totals(self) -> Totals:
         seconds = sum(line["seconds"] for line in self.steps)

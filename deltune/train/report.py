@@ -168,8 +168,9 @@ def _parameters(run: records.Records) -> Markup | None:
 
 
 def _data(run: records.Records) -> Markup | None:
-    facts = list(display.flat_facts(run.description.get("data", {})))
-    return Markup("<section><h2>Data</h2>{}</section>").format(_definitions(facts)) if facts else None
+    tables = [_table(rows[0], rows[1:]) for rows in (run.data_table(), run.source_table()) if rows]
+    notes = [Markup("<p>{}</p>").format(display.value(note)) for note in run.data_notes()]
+    return Markup("<section><h2>Data</h2>{}</section>").format(Markup("").join(tables + notes)) if tables else None
 
 
 def _events(run: records.Records) -> Markup | None:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 STYLE = Markup("""
 :root {
   --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --muted: #5d6777; --line: #e1e5ea; --soft: #f0f2f5;
-  --c1: #2563eb; --c2: #d9480f; --c3: #0f766e; --good: #15803d; --good-soft: #e3f5e9; --warn: #9a5b00; --warn-soft: #fdf0d8;
+  --c1: #2563eb; --c2: #d9480f; --c3: #0f766e; --good: #116b31; --good-soft: #e3f5e9; --warn: #9a5b00; --warn-soft: #fdf0d8;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -63,7 +63,7 @@ pre { margin: 4px 0 0; padding: 10px 12px; background: var(--soft); border-radiu
 .right pre { background: var(--good-soft); box-shadow: inset 3px 0 var(--good); }
 .right h4::after { content: " · equals the reference"; color: var(--good); }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.93em; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 16px; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { font-size: 13px; color: var(--muted); font-weight: 600; }
