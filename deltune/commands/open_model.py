@@ -1,0 +1,68 @@
+"""A trained model ready to answer: base, adapter, tokenizer and engine put together for eval, generate and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from deltune.engines.engine import Engine
+    from deltune.models.generation import GenerateOptions
+    from deltune.settings import Generation, Trained
+
+
+@dataclass(frozen=True)
+class Opened:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+
+
+@contextmanager
+def opened(settings: Trained) -> Iterator[Opened]:
+    """The model of `settings` with its adapter, frozen, on its device. Raises what loading any of them raises."""
+    from deltune.adapters.files import load_adapter
+    from deltune.engines.build import build
+    from deltune.models.load import check_pair, load, load_tokenizer
+
+    engine = build(settings.engine)
+    try:
+        tokenizer = load_tokenizer(settings.model)
+        model = load(settings.model)
+        check_pair(model.config, tokenizer)
+        if settings.adapter is not None:
+            load_adapter(model, settings.adapter)
+        model.requires_grad_(False)
+        yield Opened(engine.place(model), tokenizer, engine)
+    finally:
+        engine.close()
+
+
+def options_of(settings: Generation) -> GenerateOptions:
+    """How `settings` say that answers are drawn."""
+    from deltune.models.generation import GenerateOptions
+
+    return GenerateOptions(
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+        top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed, stop=tuple(settings.stop),
+    )  # fmt: skip
+
+
+def provenance(settings: Trained) -> dict[str, Any]:
+    """What it takes to get the same answers again: every setting, hashes of model and adapter files, versions."""
+    from deltune.commands.describe_run import versions
+    from deltune.models.load import model_identity
+    from deltune.weights import sha256_of
+
+    files = [] if settings.adapter is None else sorted(Path(settings.adapter).rglob("adapter_*"))
+    return {
+        "settings": asdict(settings),
+        "model": model_identity(settings.model),
+        "adapter": {file.name: sha256_of(file) for file in files},
+        "versions": versions(),
+    }
