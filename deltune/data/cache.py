@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -146,9 +145,8 @@ def _load(place: Path, file: File) -> Part | None:
         logger.warning("tokens of %s in the cache are damaged (%s) and are made anew", file.path, fault)
         return None
     about = json.loads((place / "about.json").read_bytes())
-    counts = Counts(**(about["counts"] | {"notes": Counter(about["counts"]["notes"])}))
     arrays = {name: _mapped(place / name, dtype) for name, dtype in ARRAYS.items()}
-    return part(file, arrays, counts, [Reject(*r) for r in about["rejects"]], about["digest"])
+    return part(file, arrays, Counts(**about["counts"]), [Reject(*r) for r in about["rejects"]], about["digest"])
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

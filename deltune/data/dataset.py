@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,13 +50,14 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     largest_id: int = -1
-    notes: Counter[str] = field(default_factory=Counter)  # what a user should know, and of how many rows it holds
+    notes: dict[str, int] = field(default_factory=dict)  # what a user should know -> of how many rows it holds
 
     def add(self, other: Counts) -> None:
         for name in ("rows", "used", "rejected", "overlong", "truncated", "examples", "tokens", "trained_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.largest_id = max(self.largest_id, other.largest_id)
-        self.notes.update(other.notes)
+        for note, num_rows in other.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + num_rows
 
 
 # file name -> type of its numbers; what a part is made of, on disk and in memory
@@ -99,7 +99,8 @@ class PartWriter:
 
     def __init__(self, folder: Path | None = None):
         self._streams: dict[str, BinaryIO] = {
-            name: io.BytesIO() if folder is None else open(folder / name, "wb") for name in ARRAYS
+            name: io.BytesIO() if folder is None else open(folder / name, "wb")  # noqa: SIM115 - closed by close()
+            for name in ARRAYS
         }
         self._hashes = {name: hashlib.sha256() for name in ARRAYS}
         self._waiting: list[tuple[np.ndarray, np.ndarray, int]] = []

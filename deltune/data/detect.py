@@ -55,7 +55,7 @@ def detect(rows: Iterable[Any], *, format: str, fields: Mapping[str, str], mode:
         seen.append(row)
         schema = next((c for c in candidates if _fits(c, row)), None)
         foreign = _foreign(row) if format == "auto" else ""
-        if foreign and not (schema and (fields or schema.format == "text" and mode == "pretrain")):
+        if foreign and not (schema and (fields or (schema.format == "text" and mode == "pretrain"))):
             raise DataError(f"{name}: {foreign}")
         if schema and all(schema != other for other, _ in found):
             found.append((schema, index))
@@ -117,8 +117,10 @@ def _fits(schema: Schema, row: Mapping[str, Any]) -> bool:
 
 
 def _expected(candidates: Sequence[Schema]) -> str:
-    shapes = dict.fromkeys(f"{c.format}: {', '.join(c.needed())}" for c in candidates)
-    return "expected one of " + "; ".join(list(shapes))
+    shapes: dict[str, str] = {}  # the first of each format has its own names
+    for candidate in candidates:
+        shapes.setdefault(candidate.format, f"{candidate.format} ({', '.join(candidate.needed())})")
+    return "expected one of " + "; ".join(shapes.values())
 
 
 def _unknown(row: Mapping[str, Any], candidates: Sequence[Schema]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,6 @@ class Encoder:
         self.first = _leading_bos(tokenizer)
         # a turn may end in a token that is not the tokenizer's EOS, e.g. <|im_end|> or <|eot_id|>
         self.ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        self._ends_array = np.array(sorted(self.ends), dtype=np.int32)
         written = sorted({t for t in tokenizer.all_special_tokens if t.strip()}, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, written)) or r"(?!)")
 
@@ -159,7 +159,7 @@ class Encoder:
 
     def _all_end(self, ids: np.ndarray, answer: np.ndarray) -> bool:
         last = np.flatnonzero(answer & ~np.append(answer[1:], False))
-        return bool(np.isin(ids[last], self._ends_array).all())
+        return all(i in self.ends for i in ids[last].tolist())
 
     def _pieces(self, ids: np.ndarray, notes: set[str]) -> list[Encoded]:
         """A document in pieces of at most max_length. Neighbours share one token, so that every token but the first of
@@ -271,7 +271,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def _runs(answer: np.ndarray) -> list[tuple[int, int, bool]]:
     """(start, stop, is answer) of the stretches of an example, in turn."""
     borders = [0, *(np.flatnonzero(answer[1:] != answer[:-1]) + 1).tolist(), len(answer)]
-    return [(a, b, bool(answer[a])) for a, b in zip(borders, borders[1:], strict=False)]
+    return [(a, b, bool(answer[a])) for a, b in pairwise(borders)]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

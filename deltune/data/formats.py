@@ -103,7 +103,7 @@ class Schema:
                 f"no key {', '.join(map(repr, missing))}{empty}; keys found: {keys_of(row)}; "
                 f"{self.format} needs: {', '.join(self.needed())}"
             )
-        return _PARSERS[self.format](values)
+        return _PARSERS[self.format](values, self.columns)
 
 
 def keys_of(row: Any) -> str:
@@ -131,49 +131,47 @@ def _answer(value: Any, role: str) -> str:
     return value
 
 
-# ---- formats of one prompt and one answer
+# ---- formats of one prompt and one answer; `values` are by role, `names` are the columns, for messages
+
+Values = Mapping[str, Any]
+Names = Mapping[str, str]
 
 
-def _leading_system(values: Mapping[str, Any]) -> list[Message]:
-    text = _text(values.get("system", ""), "system")
+def _leading_system(values: Values, names: Names) -> list[Message]:
+    text = _text(values.get("system", ""), names["system"])
     return [Message("system", text)] if text.strip() else []
 
 
-def _alpaca(values: Mapping[str, Any]) -> Conversation:
-    messages = _leading_system(values)
-    history = values.get("history", [])
-    if isinstance(history, str):
-        history = _parsed_list(history, "history") if history.strip() else []
-    if not isinstance(history, list):
-        raise BadRow(f"history must be a list of [prompt, answer] pairs, but is {_kind(history)}")
-    for pair in history:
+def _alpaca(values: Values, names: Names) -> Conversation:
+    messages = _leading_system(values, names)
+    for pair in _parsed_list(values.get("history") or [], names["history"]):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow("history must be a list of [prompt, answer] pairs")
+            raise BadRow(f"{names['history']} must be a list of [prompt, answer] pairs")
         messages.append(Message("user", _text(pair[0], "a prompt in history")))
         messages.append(Message("assistant", _answer(pair[1], "an answer in history"), train=True))
-    instruction, second = _text(values["instruction"], "instruction"), _text(values.get("input", ""), "input")
+    instruction, second = _text(values["instruction"], names["instruction"]), _text(values.get("input", ""), names["input"])
     if not instruction.strip() and not second.strip():
-        raise BadRow("instruction and input are both empty")
+        raise BadRow(f"{names['instruction']} and {names['input']} are both empty")
     messages.append(Message("user", instruction, input=second if second.strip() else ""))
-    messages.append(Message("assistant", _answer(values["output"], "output"), train=True))
+    messages.append(Message("assistant", _answer(values["output"], names["output"]), train=True))
     return Conversation(tuple(messages))
 
 
-def _pair(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], Conversation]:
+def _pair(prompt: str, answer: str) -> Callable[[Values, Names], Conversation]:
     """A prompt, which may be empty (the answer is then learnt on its own), and its answer."""
 
-    def parse(values: Mapping[str, Any]) -> Conversation:
+    def parse(values: Values, names: Names) -> Conversation:
         turns = [
-            Message("user", _text(values[prompt], prompt)),
-            Message("assistant", _answer(values[answer], answer), train=True),
+            Message("user", _text(values[prompt], names[prompt])),
+            Message("assistant", _answer(values[answer], names[answer]), train=True),
         ]
-        return Conversation((*_leading_system(values), *turns))
+        return Conversation((*_leading_system(values, names), *turns))
 
     return parse
 
 
-def _plain_text(values: Mapping[str, Any]) -> Conversation:
-    return Conversation(text=_answer(values["text"], "text"))
+def _plain_text(values: Values, names: Names) -> Conversation:
+    return Conversation(text=_answer(values["text"], names["text"]))
 
 
 # ---- conversations
@@ -190,7 +188,7 @@ def _parsed_list(value: Any, role: str) -> list[Any]:
     return value
 
 
-def _tools(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def _tools(values: Values) -> tuple[dict[str, Any], ...]:
     """Tool descriptions in the shape that chat templates expect: {type: function, function: {name, ...}}."""
     value = values.get("tools")
     if value is None or value == "":
@@ -277,15 +275,15 @@ def _turn(turn: Any, number: int, keys: tuple[str, str]) -> Message:
     return Message(role, content, role == "assistant" and wanted is not False, tool_calls=[_call(c) for c in calls], extra=extra)
 
 
-def _dialogue(role: str, keys: tuple[str, str]) -> Callable[[Mapping[str, Any]], Conversation]:
-    def parse(values: Mapping[str, Any]) -> Conversation:
-        turns = [_turn(t, i, keys) for i, t in enumerate(_parsed_list(values[role], role), 1)]
+def _dialogue(role: str, keys: tuple[str, str]) -> Callable[[Values, Names], Conversation]:
+    def parse(values: Values, names: Names) -> Conversation:
+        turns = [_turn(t, i, keys) for i, t in enumerate(_parsed_list(values[role], names[role]), 1)]
         for i, turn in enumerate(turns):
             if turn.role == "system" and i > 0:
                 raise BadRow(f"message {i + 1} is a system message; only the first can be one")
             if turn.role == "tool" and (i == 0 or turns[i - 1].role not in ("assistant", "tool")):
                 raise BadRow(f"message {i + 1} is a tool's answer, but no call stands before it")
-        leading = _leading_system(values)
+        leading = _leading_system(values, names)
         if leading and turns and turns[0].role == "system":
             raise BadRow("there is a system column and a system message")
         if not any(t.train for t in turns):
@@ -303,7 +301,7 @@ def with_system(conversation: Conversation, system: str | None) -> Conversation:
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
+_PARSERS: dict[str, Callable[[Values, Names], Conversation]] = {
     "messages": _dialogue("messages", ("role", "content")),
     "sharegpt": _dialogue("conversations", ("from", "value")),
     "alpaca": _alpaca,

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from deltune.data.dataset import Dataset, Example
-from deltune.data.order import LengthGroups, Order
+from deltune.data.order import Group, LengthGroups, Order
 from deltune.data.pack import Batch, pad
 from deltune.data.stream import Stream
 from deltune.errors import DataError
 
 
 class Loader:
-    """Micro-batches of a data set or a stream.
+    """Micro-batches of a data set (a Dataset, or anything with its length, indexing, `lengths` and `fingerprint`) or a stream.
 
     `num_examples` ends the sequence: the last step is then short, and a rank may have no micro-batch in it. None is
     endless. A data set may be asked for any step at once; a stream only for the next one, or for the one after a
@@ -45,18 +45,18 @@ class Loader:
         self.global_batch = micro_batch * accumulate * world_size
         self._next_step = 0  # of a stream
         self._identity = {"global_batch": self.global_batch, "seed": seed, "shuffle": shuffle, "group_by_length": group_by_length}
-        if isinstance(dataset, Dataset):
-            self._order = Order(dataset.groups, seed=seed, shuffle=shuffle)
-            self._by_length = (
-                LengthGroups(self._order, dataset.lengths, global_batch=self.global_batch, num_examples=num_examples)
-                if group_by_length
-                else None
-            )
+        self._order: Order | None = None
+        self._by_length: LengthGroups | None = None
+        if not isinstance(dataset, Stream):
+            groups = dataset.groups if isinstance(dataset, Dataset) else [Group("", 0, len(dataset))]
+            self._order = Order(groups, seed=seed, shuffle=shuffle)
+            if group_by_length:
+                self._by_length = LengthGroups(self._order, dataset.lengths, global_batch=self.global_batch, num_examples=num_examples)
 
     @property
     def examples_per_epoch(self) -> int | None:
         """Visits in one epoch, weights included; None for a stream."""
-        return self.dataset.examples_per_epoch
+        return self._order.num_per_epoch if self._order else None
 
     def num_steps(self, epochs: float) -> int:
         """Optimizer steps in so many epochs; the last may be short. DataError for a stream, whose size is unknown."""
@@ -72,7 +72,7 @@ class Loader:
         this rank nothing."""
         size = self._size(i)
         slices = range(self.rank * self.micro_batch, size, self.micro_batch * self.world_size)
-        if isinstance(self.dataset, Dataset):
+        if not isinstance(self.dataset, Stream):
             indices = self._indices(i, size)
             chosen = [[self.dataset[int(j)] for j in indices[start : start + self.micro_batch]] for start in slices]
         else:
@@ -92,6 +92,7 @@ class Loader:
     def _indices(self, i: int, size: int) -> np.ndarray:
         if self._by_length:
             return self._by_length.batch(i)
+        assert self._order is not None
         return self._order.at(np.arange(i * self.global_batch, i * self.global_batch + size, dtype=np.int64))
 
     def state(self) -> dict[str, Any]:

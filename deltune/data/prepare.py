@@ -67,13 +67,12 @@ class DataReport:
     overlong = property(lambda self: self.counts.overlong)
     truncated = property(lambda self: self.counts.truncated)
     largest_id = property(lambda self: self.counts.largest_id)
-    notes = property(lambda self: dict(self.counts.notes))
+    notes = property(lambda self: self.counts.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for records and cards."""
         body = asdict(self.counts) | {"held_out": self.held_out, "streaming": self.streaming}
-        body["notes"] = dict(self.counts.notes)
-        body["sources"] = [asdict(s) | {"counts": asdict(s.counts) | {"notes": dict(s.counts.notes)}} for s in self.sources]
+        body["sources"] = [asdict(s) for s in self.sources]
         body["evaluation"] = self.evaluation.to_dict() if self.evaluation else None
         return body
 
@@ -98,25 +97,25 @@ class _Source:
 
 
 def prepare(config: DataConfig, tokenizer: Any, *, folder: Path | None = None) -> Prepared:
-    """Read, check and tokenise all data of a run; `folder` is where rejects.jsonl goes.
+    """Read, check and tokenise all data of a run; rejects.jsonl and rejects-eval.jsonl go to `folder`.
 
     Raises DataError for files, rows and settings that cannot be used, and where no token at all would be trained.
     """
     _check(config)
-    log = RejectLog(folder if dist.is_main() else None)
-    log.start()
+    writes = folder is not None and dist.is_main()
+    train_log, eval_log = (RejectLog(folder / name if writes else None) for name in ("rejects.jsonl", "rejects-eval.jsonl"))  # type: ignore[operator]
     train_sources = [_open(s, config, tokenizer) for s in resolve(config.train, "data.train")]
     eval_sources = [_open(s, config, tokenizer) for s in resolve(config.eval, "data.eval")]
     if config.streaming:
         train: Dataset | Stream = Stream(
-            [StreamSource(s.files, s.schema, s.encoder, s.report.counts) for s in train_sources], config, log
+            [StreamSource(s.files, s.schema, s.encoder, s.report.counts) for s in train_sources], config, train_log
         )
         report = DataReport(train.counts, [s.report for s in train_sources], streaming=True)
     else:
-        train, report = _dataset(train_sources, config, tokenizer, config.read_nums, "data.train", log)
+        train, report = _dataset(train_sources, config, tokenizer, config.read_nums, "data.train", train_log)
     evaluation = None
     if eval_sources:
-        evaluation, report.evaluation = _dataset(eval_sources, config, tokenizer, config.eval_read_nums, "data.eval", log)
+        evaluation, report.evaluation = _dataset(eval_sources, config, tokenizer, config.eval_read_nums, "data.eval", eval_log)
         if isinstance(train, Dataset):
             _warn_of_shared_files(train, evaluation)
     elif config.eval_size and isinstance(train, Dataset):
@@ -172,6 +171,7 @@ def _dataset(
     sources: Sequence[_Source], config: DataConfig, tokenizer: Any, limit: int | None, name: str, log: RejectLog
 ) -> tuple[Dataset, DataReport]:
     """All examples of data.train or data.eval."""
+    log.start()
     total, parts, groups = Counts(), list[Part](), list[Group]()
     folder, tokenizer_id = cache.cache_folder(config.cache), tokenizer_digest(tokenizer)
     for source in sources:
@@ -188,7 +188,7 @@ def _dataset(
             source.report.counts.add(part.counts)
             total.add(part.counts)
             parts.append(part)
-            log.write((name.removeprefix("data."), file, r) for r in part.rejects)
+            log.write([(file, r) for r in part.rejects])
         groups.append(Group(source.report.name, start, sum(map(len, parts)), source.report.weight))
     if not total.trained_tokens:
         raise DataError(f"{name}: no token would be trained ({total.rows} rows: {total.rejected} rejected, {total.overlong} over the limits)")

@@ -70,7 +70,8 @@ def count(counts: Counts, outcome: Outcome) -> None:
         counts.tokens += len(example.ids)
         counts.trained_tokens += int(example.trained.sum())
         counts.largest_id = max(counts.largest_id, int(example.ids.max()))
-    counts.notes.update(outcome.notes)
+    for note in outcome.notes:
+        counts.notes[note] = counts.notes.get(note, 0) + 1
 
 
 def stops(reject: Reject, config: DataConfig) -> bool:
@@ -88,21 +89,21 @@ def refusal(found: list[tuple[File, Reject]]) -> DataError:
 
 
 class RejectLog:
-    """rejects.jsonl: a line for every row that was not used. Without a folder it keeps nothing."""
+    """A line of JSON for every row that was not used. Without a path it keeps nothing."""
 
-    def __init__(self, folder: Path | None):
-        self.path = None if folder is None else folder / "rejects.jsonl"
+    def __init__(self, path: Path | None):
+        self.path = path
 
     def start(self) -> None:
         """Begin anew; the file appears with its first line."""
         if self.path:
             self.path.unlink(missing_ok=True)
 
-    def write(self, rejects: Iterable[tuple[str, File, Reject]]) -> None:
-        """Add lines for (split, file, reject)."""
+    def write(self, rejects: Iterable[tuple[File, Reject]]) -> None:
+        """Add a line for each."""
         lines = [
-            _json({"split": split, "file": file.path, "line": reject.number, "reason": reject.reason, "row": reject.value})
-            for split, file, reject in rejects
+            _json({"file": file.path, "line": reject.number, "reason": reject.reason, "row": reject.value})
+            for file, reject in rejects
         ]
         if not self.path or not lines:
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,8 @@ class Stream:
         self._any_in_epoch = False
         self._examples: list[Example] = []
         self._taken = 0  # of the block in memory
+        self._begun = False
         self._mark: dict[str, Any] = self._here()
-        self._read_up_to = (0, 0)  # (epoch, block): blocks before it have been counted
         self._said: set[str] = set()
 
     @property
@@ -141,8 +141,12 @@ class Stream:
             "rows_read": self._rows_read,
             "any_in_epoch": self._any_in_epoch,
             "readers": [dict(vars(r.place)) for r in self._readers],
-            "rejects_bytes": self.log.size(),
+            "rejects_bytes": self.log.size() if self._begun else 0,
+            "counts": [asdict(c) for c in self._all_counts()],
         }
+
+    def _all_counts(self) -> list[Counts]:
+        return [self.counts, *(s.counts for s in self.sources)]
 
     def state(self) -> dict[str, Any]:
         """The place of the next example, as plain JSON values."""
@@ -156,8 +160,10 @@ class Stream:
         self._any_in_epoch = state["any_in_epoch"]
         for reader, place in zip(self._readers, state["readers"], strict=True):
             reader.seek(_Place(**place), self._epoch)
+        for counts, values in zip(self._all_counts(), state["counts"], strict=True):
+            vars(counts).update(values | {"notes": dict(values["notes"])})
         self.log.cut(state["rejects_bytes"])
-        self._read_up_to = (self._epoch, self._block)
+        self._begun = True
         self._examples, self._taken, self._mark = [], 0, self._here()
         if state["taken"]:
             self._next_block()
@@ -168,6 +174,9 @@ class Stream:
     def _next_block(self) -> None:
         """Read the next block that holds an example."""
         self._examples, self._taken = [], 0
+        if not self._begun:
+            self.log.start()
+            self._begun = True
         while not self._examples:
             self._mark = self._here()
             rows = self._rows()
@@ -209,7 +218,7 @@ class Stream:
             index: outcomes((record for i, _, record in rows if i == index), source.schema, source.encoder)
             for index, source in enumerate(self.sources)
         }
-        new = (self._epoch, self._block) >= self._read_up_to and self._epoch == 0
+        new = self._epoch == 0
         examples: list[Example] = []
         rejects: list[tuple[File, Reject]] = []
         for index, file, _ in rows:
@@ -229,5 +238,5 @@ class Stream:
         if refused:
             raise refusal(refused)
         if new:
-            self.log.write(("train", file, reject) for file, reject in rejects)
+            self.log.write(rejects)
         return examples
