@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltune import dist, log
-from deltune.errors import CheckpointError, DataError, EngineError
+from deltune.errors import CheckpointError, EngineError
 from deltune.log import logger
 
 if TYPE_CHECKING:
@@ -235,13 +235,16 @@ class Session:
         from deltune.train.state import Saver
 
         run, engine = self.run, self.engine
+        epochs = run.train.epochs or 1.0
+        # a number of epochs ends with a short step; a number of steps goes round as often as it takes
+        num_examples = None if run.train.steps else max(1, round(epochs * self.data.train.examples_per_epoch))
         loader = Loader(
             self.data.train, micro_batch=run.train.micro_batch, accumulate=run.train.accumulate, rank=engine.rank,
             world_size=engine.world_size, seed=run.data.seed, shuffle=run.data.shuffle,
             group_by_length=run.data.group_by_length, pad_id=self.tokenizer.pad_token_id,
-            num_examples=self.num_examples(),
+            num_examples=num_examples,
         )
-        num_steps = self.num_steps(loader)
+        num_steps = run.train.steps or loader.num_steps(epochs)
         optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim), run.optim)
         store = CheckpointStore(run.folder / "checkpoints", run.checkpoint.save_total_limit)
         return Loop(
@@ -249,21 +252,8 @@ class Session:
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store),
             evaluate=None if self.data.evaluation is None else self.evaluate, forward_step=self.forward_step,
+            log_every=run.log.every,
         )
-
-    def num_examples(self) -> int | None:
-        """Examples of the whole run where epochs say so; with steps there is no bound."""
-        if self.run.train.steps is not None or self.run.data.streaming:
-            return None
-        return round((self.run.train.epochs or 1.0) * self.data.train.examples_per_epoch)
-
-    def num_steps(self, loader: Any) -> int:
-        train = self.run.train
-        if train.steps is not None:
-            return train.steps
-        if loader.examples_per_epoch is None:
-            raise DataError("data.streaming=true: how long an epoch is, is known at its end only. What fits: train.steps=N.")
-        return loader.num_steps(train.epochs or 1.0)
 
     def describe(self, num_steps: int) -> RunInfo:
         from deltune.commands.describe_run import description
@@ -273,7 +263,8 @@ class Session:
         run = self.run
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, run.engine.precision)
-        length = self.data.report.mean_length
+        report = self.data.report
+        length = report.tokens / report.examples if report.examples else run.data.max_length / 2
         return RunInfo(
             folder=run.folder, name=run.folder.name, num_steps=num_steps, start_step=0,
             num_trainable=sum(n for n, moves in counts if moves), num_parameters=sum(n for n, _ in counts),
@@ -305,7 +296,7 @@ class Session:
         if run.resume == "must" and loop.progress.step == 0:
             raise CheckpointError(f"{run.folder}: resume=must, but no checkpoint is whole: " + "; ".join(complaints))
         loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step)
-        loop.callbacks += [MetricsFile(run.log), *build_sinks(run.log), Console(run.log)]
+        loop.callbacks += [MetricsFile(run.folder / "metrics.jsonl"), *build_sinks(run.log), Console(run.log)]
         if self.task_print is not None:
             loop.callbacks.append(task_printer(self.task_print))
         loop.callbacks += callbacks
@@ -348,7 +339,8 @@ class Session:
             self.data.evaluation, micro_batch=run.eval.micro_batch or run.train.micro_batch, rank=engine.rank,
             world_size=engine.world_size, pad_id=self.tokenizer.pad_token_id,
         )
-        metrics = evaluate(self.model, batches, forward=self.eval_step, autocast=engine.autocast, device=engine.device)
+        measured = evaluate(self.model, batches, forward=self.eval_step, autocast=engine.autocast, device=engine.device)
+        metrics = {name: value for name, value in measured.items() if not name.startswith("num_")}
         if run.eval.exact_match:
             score, self.answers = self.generate(limit=None)
             metrics["exact_match"] = score["exact_match"]

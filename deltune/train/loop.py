@@ -88,11 +88,12 @@ class Loop:
         evaluate: Callable[[], dict[str, float]] | None = None,
         callbacks: Sequence[Callback] = (),
         forward_step: ForwardStep = causal_lm_step,
+        log_every: int = 1,
     ):
         self.model, self.loader, self.optimizer, self.schedule, self.engine = model, loader, optimizer, schedule, engine
         self.info, self.train, self.eval, self.checkpoint = info, train, eval, checkpoint
         self.max_grad_norm, self.saver, self.evaluate = max_grad_norm, saver, evaluate
-        self.callbacks, self.forward_step = list(callbacks), forward_step
+        self.callbacks, self.forward_step, self.log_every = list(callbacks), forward_step, log_every
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         self.progress = Progress()
@@ -267,6 +268,8 @@ class Loop:
         done.num_trained_tokens += num_trained
         done.seconds += seconds
         done.extend_chain(loss, grad_norm)
+        if step % self.log_every and step != self.info.num_steps and not skipped:
+            return
         flops = self.info.flops_per_token * num_tokens
         peak = self.info.peak_flops * self.engine.world_size
         per_epoch = self.loader.examples_per_epoch
