@@ -1,0 +1,61 @@
+"""Two processes are one: the same losses, gradients and weights, odd counts included; and none waits for a dead peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+def start(out, world: int, settings: dict) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if world > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "tests.ranks", str(out), json.dumps(settings)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def run(out, world: int, **settings) -> list[dict]:
+    processes = start(out, world, settings)
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads((out.parent / f"{out.name}.{rank}").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize("rows, micro_batch", [(37, 2), (11, 3)])
+def test_two_ranks_give_the_curve_of_one(tmp_path, rows, micro_batch):
+    one = run(tmp_path / "one", 1, steps=6, micro_batch=micro_batch, accumulate=2, rows=rows)[0]
+    two = run(tmp_path / "two", 2, steps=6, micro_batch=micro_batch, accumulate=1, rows=rows)
+    assert two[0] == two[1]  # every rank has the same numbers and the same weights
+    for a, b in zip(one["records"], two[0]["records"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    assert one["weights"] == pytest.approx(two[0]["weights"], rel=1e-6)
+
+
+def test_two_ranks_save_once_and_resume_bit_for_bit(tmp_path):
+    straight = run(tmp_path / "straight", 2, steps=6, shuffle=True)
+    settings = {"shuffle": True, "every": 2, "folder": str(tmp_path / "run")}
+    first = run(tmp_path / "first", 2, steps=4, **settings)
+    assert first[0]["written"] == ["step-00000002", "step-00000004"]
+    second = run(tmp_path / "second", 2, steps=6, **settings)
+    assert first[0]["records"] + second[0]["records"] == straight[0]["records"]
+    assert second[0]["weights"] == straight[0]["weights"]
+    alone = run(tmp_path / "alone", 1, steps=7, accumulate=2, **settings)  # another number of processes goes on
+    assert [r[0] for r in alone[0]["records"]] == [7]
+
+
+def test_a_rank_that_dies_ends_the_other(tmp_path):
+    processes = start(tmp_path / "out", 2, {"steps": 500, "die_at": 3})
+    codes = [process.wait(timeout=100) for process in processes]
+    assert codes[1] == -9 and codes[0] != 0
