@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltune.data.config import DataConfig
-from deltune.data.formats import BadRow, Conversation, Message, Schema, keys_of
+from deltune.data.formats import ROLES, BadRow, Conversation, Message, Schema, keys_of
 from deltune.errors import DataError
 from deltune.log import logger
 
@@ -91,10 +91,9 @@ def parse(row: Any) -> tuple[Conversation, str]:
         if not str(row[column]).strip():
             raise BadRow(f"{column} is empty")
         values = {role: row[column], answer: ANSWER}
-    optional = {"system", "tools", "history"} | ({"input"} if format == "alpaca" else set())
-    values |= {name: row[name] for name in optional & set(row)}
-    schema = Schema(format, {name: name for name in values})
-    conversation = schema.conversation(values)
+    required, optional = ROLES[format]
+    values |= {name: row[name] for name in optional if name in row}
+    conversation = Schema(format, {name: name for name in (*required, *optional)}).conversation(values)
     return dataclasses.replace(conversation, messages=conversation.messages[:-1]), format
 
 

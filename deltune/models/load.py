@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from deltune.errors import ModelError
 from deltune.log import logger
 from deltune.models import folder as folders
 from deltune.models.config import ModelConfig
+from deltune.weights import sha256_of, sync
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -214,12 +213,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if tokenizer is not None:
         tokenizer.save_pretrained(new)
     for file in new.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -242,7 +241,7 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
     return {
         "path": config.path,
         "commit": folder.name if folder.parent.name == "snapshots" else None,
-        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in light if file.is_file()},
+        "sha256": {file.name: sha256_of(file) for file in light if file.is_file()},
         "weight_bytes": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
     }
 
