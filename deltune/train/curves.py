@@ -24,11 +24,16 @@ class Smooth:
 
 
 def smooth(values: Sequence[float], beta: float | None = None) -> list[float]:
-    """The moving average of a whole series; without `beta` it spans a fiftieth of the series."""
+    """The mean of a moving average from the left and one from the right, so that a slope is followed without delay.
+
+    Without `beta` each spans a fiftieth of the series. Not-finite values are passed over; NaN where there is no other.
+    """
     if beta is None:
         beta = 1 - 1 / max(1.0, len(values) / 50)
-    average = Smooth(beta)
-    return [average.add(value) for value in values]
+    forth, back = Smooth(beta), Smooth(beta)
+    left = [forth.add(value) for value in values]
+    right = [back.add(value) for value in reversed(values)][::-1]
+    return [a if math.isnan(b) else b if math.isnan(a) else (a + b) / 2 for a, b in zip(left, right, strict=True)]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def loss_png(folder: Path) -> Path:
     figure.subplots_adjust(left=0.085, right=0.965, top=0.87, bottom=0.105, hspace=0.14)
     _draw_loss(loss_axes, run)
     _draw_lr(lr_axes, run)
-    figure.text(0.085, 0.935, one_line(run.name)[:80], fontsize=14, fontweight="bold", color=INK, parse_math=False)
+    figure.text(0.085, 0.935, textwrap.shorten(one_line(run.name), 70, placeholder=" …"), fontsize=14, fontweight="bold", color=INK, parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "Deltune"})
     path = folder / FILE
@@ -66,7 +67,7 @@ def _draw_lr(axes: Any, run: records.Records) -> None:
 def _style(axes: Any) -> None:
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=10, length=0)
+    axes.tick_params(colors=MUTED, which="both", labelsize=10, length=0)
     axes.margins(x=0.015)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -92,7 +92,7 @@ class Records:
             for name, facts in self._data_sets()
             for source in facts.get("sources", [])
         ]
-        return [["set", *(column.replace("_", " ") for column in DATA_SOURCE)], *rows] if rows else []
+        return [["set", *(column.removeprefix("num_").replace("_", " ") for column in DATA_SOURCE)], *rows] if rows else []
 
     def data_notes(self) -> list[str]:
         """What the preparation of the data had to say, with the number of rows that it holds for."""

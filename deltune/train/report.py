@@ -99,17 +99,21 @@ def _curves(run: records.Records) -> Markup | None:
                 for size, width, height in (("wide", 960, 300), ("narrow", 460, 260))}  # fmt: skip
     drawing = Markup("").join(Markup('<div class="{}">{}</div>').format(*item) for item in pictures.items())
     charts = [_figure("Loss" + (", logarithmic" if log else ""), drawing, series, "whole")]
-    for title, key, unit in (
-        ("Learning rate", "lr", 1.0),
-        ("Gradient norm", "grad_norm", 1.0),
-        ("Tokens per second", "tokens_per_second", 1.0),
-        ("Peak memory in GB", "peak_memory_bytes", 1e9),
-        ("Model-FLOPs utilisation in percent", "mfu", 0.01),
+    for title, key, unit, noisy in (
+        ("Learning rate", "lr", 1.0, False),
+        ("Gradient norm", "grad_norm", 1.0, True),
+        ("Tokens per second", "tokens_per_second", 1.0, True),
+        ("Peak memory in GB", "peak_memory_bytes", 1e9, False),
+        ("Model-FLOPs utilisation in percent", "mfu", 0.01, True),
     ):
         steps, values = run.curve(key)
-        if any(values):
-            one = [Series(title.lower().split(" in ")[0], steps, [v / unit for v in values], 3)]
-            charts.append(_figure(title, line_chart(one, title=title, from_zero=True, written=_four_digits), [], ""))
+        if not any(values):
+            continue
+        values = [value / unit for value in values]
+        lines = [Series(title.lower().split(" in ")[0], steps, values, 3, "faint" if noisy else "line")]
+        if noisy:
+            lines.append(Series("smoothed", steps, smooth(values), 3))
+        charts.append(_figure(title, line_chart(lines, title=title, from_zero=True, written=_four_digits), [], ""))
     charts += [_metric_figure(run, name) for name in _other_eval_metrics(run)]
     return Markup('<section><h2>Curves</h2><div class="charts">{}</div></section>').format(Markup("").join(charts))
 
@@ -207,8 +211,9 @@ def _config(run: records.Records) -> Markup | None:
 def what_was_trained(run: records.Records) -> str:
     """`lora on bundled`, as far as the records know."""
     base = base_model(run)
-    method = (run.config.get("adapter") or {}).get("method", "all weights")
-    return f"{method} on {base}" if base else ""
+    if not (base and run.config):
+        return base
+    return f"{(run.config.get('adapter') or {}).get('method', 'all weights')} on {base}"
 
 
 def work_facts(run: records.Records) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ pre { margin: 4px 0 0; padding: 10px 12px; background: var(--soft); border-radiu
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.93em; }
 .scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 16px; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { padding: 8px 16px; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 th { font-size: 13px; color: var(--muted); font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; } tfoot td { border-top: 1px solid var(--line); border-bottom: 0; font-weight: 600; }
