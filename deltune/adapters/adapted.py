@@ -30,7 +30,7 @@ class Adapted(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         running = [name for name in self.running if name not in self.merged]
-        if self.merged and self.training and torch.is_grad_enabled():
+        if self.merged and self.training and torch.is_grad_enabled() and not self.fixed.issuperset(self.merged):
             raise AdapterError(f"{self.site.name}: adapters {', '.join(self.merged)} are merged and would not be trained; unmerge the model first")
         return Below(self, running)(x)
 

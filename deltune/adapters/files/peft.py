@@ -39,7 +39,7 @@ def format_of(peft_type: Any) -> tuple[type[AdapterConfig], PeftFormat]:
         form = config_class.delta().peft
         if form is not None:
             formats[form.type] = (config_class, form)
-    if peft_type not in formats:
+    if not isinstance(peft_type, str) or peft_type not in formats:
         raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(sorted(formats))}")
     return formats[peft_type]
 
