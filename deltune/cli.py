@@ -86,7 +86,11 @@ def _dispatch(words: list[str]) -> int:
         print(verb_help(verb, rest))
         return 0
     sweep = [word for word in rest if word in ("-m", "--multirun")]
-    words, file = split_file([word for word in rest if word not in sweep], plain=VERBS[verb][1] is None)
+    words, file = [word for word in rest if word not in sweep], None
+    if VERBS[verb][1] is not None:
+        from deltune.settings import split_file
+
+        words, file = split_file(words)
     if sweep:
         return _sweep(verb, words, file)
     return _main_of(verb)(words, file)
@@ -110,16 +114,6 @@ def _main_of(verb: str):
     return importlib.import_module(f"deltune.commands.{verb}").main
 
 
-def split_file(words: list[str], *, plain: bool) -> tuple[list[str], Path | None]:
-    """The config file among the words, if there is one, and the other words. `plain` words are left as they are."""
-    if plain:
-        return words, None
-    files = [word for word in words if "=" not in word and not word.startswith("-") and Path(word).is_file()]
-    if len(files) > 1:
-        raise ConfigError(f"{' and '.join(files)}: one config file at a time; put what they share into one")
-    return [word for word in words if word not in files], Path(files[0]) if files else None
-
-
 def _sweep(verb: str, words: list[str], file: Path | None) -> int:
     """One command for each combination of values, all checked before the first starts."""
     from deltune import settings
@@ -129,6 +123,8 @@ def _sweep(verb: str, words: list[str], file: Path | None) -> int:
     if verb not in SWEEPABLE:
         raise ConfigError(f"-m: {verb} cannot be swept; {', '.join(SWEEPABLE)} can")
     combinations = expand_sweep(words, options)
+    if len(combinations) == 1:
+        raise ConfigError("-m: no word has several values to sweep over, e.g. lr=1e-4,2e-4")
     folders: dict[Path, list[str]] = {}
     for combination in combinations:
         found = settings.load(getattr(settings, VERBS[verb][1] or ""), combination, file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -123,7 +124,7 @@ def _model_rules(run: Run) -> Iterator[str]:
 
 
 def _revision_rule(model: ModelConfig) -> Iterator[str]:
-    if model.revision is not None and (model.path == "bundled" or Path(model.path).is_dir()):
+    if model.revision is not None and (model.path == "bundled" or os.path.isdir(model.path)):
         yield f"model.revision has no effect: model.path={model.path} is not a hub id"
 
 
@@ -340,7 +341,7 @@ def load_run(words: Sequence[str] = (), file: str | Path | None = None) -> Run:
 
 
 def run_from(config: Run | Mapping[str, Any] | str | Path | Sequence[str]) -> Run:
-    """A run from a Run, a mapping (nested or with dotted keys), a YAML file, a run's folder, or command-line words.
+    """A run from a Run, a mapping (nested or with dotted keys), a YAML file, a run's folder, or the words of a command line.
 
     A Run made in Python is checked as everything else is.
     """
@@ -351,7 +352,16 @@ def run_from(config: Run | Mapping[str, Any] | str | Path | Sequence[str]) -> Ru
     if isinstance(config, (str, Path)):
         path = Path(config)
         return load_run(file=path / "config.yaml" if path.is_dir() else path)
-    return load_run(config)
+    return load_run(*split_file(config))
+
+
+def split_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words of a command line without the config file among them, and that file, if there is one."""
+    files = [word for word in words if "=" not in word and (Path(word).suffix in (".yaml", ".yml") or os.path.isfile(word))]
+    files = [word for word in files if not word.startswith("-")]
+    if len(files) > 1:
+        raise ConfigError(f"{' and '.join(files)}: one config file at a time; put what they share into one")
+    return [word for word in words if word not in files], Path(files[0]) if files else None
 
 
 def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, ...], str]) -> None:
@@ -390,21 +400,21 @@ def _run_folder(stated: Mapping[str, Any]) -> Path | None:
     if run is not None and adapter is not None:
         raise ConfigError(f"run={run} cannot be given together with adapter={adapter}: the run's own adapter is used; adapter={run} names it too")
     if isinstance(run, str):
-        if not (Path(run) / "config.yaml").is_file():
+        if not os.path.isfile(Path(run) / "config.yaml"):
             raise ConfigError(f"run={run}: no run's folder, for it has no config.yaml{_runs_beside(Path(run))}")
         return Path(run)
     if isinstance(adapter, str):
         folder = Path(adapter)
-        if (folder / "adapter_config.json").is_file():
+        if os.path.isfile(folder / "adapter_config.json"):
             return None
-        if (folder / "config.yaml").is_file():
+        if os.path.isfile(folder / "config.yaml"):
             return folder
         raise ConfigError(f"adapter={adapter}: neither an adapter's folder (adapter_config.json) nor a run's (config.yaml){_runs_beside(folder)}")
     return None
 
 
 def _runs_beside(folder: Path) -> str:
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         return ""
     from deltune.config.suggest import nearest
 
@@ -413,6 +423,6 @@ def _runs_beside(folder: Path) -> str:
 
 
 def _only_if_there(folder: Path) -> str:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"{folder}: does not exist; has the run ended? `deltune train {folder.parent / 'config.yaml'}` goes on with it")
     return str(folder)

@@ -47,12 +47,11 @@ def read_arguments(argv: list[str]) -> tuple[int, list[str]]:
 
 def check(words: list[str], num_processes: int) -> None:
     """A fault in the config is told once, not by every process."""
-    from deltune.cli import split_file
-    from deltune.settings import load_run
+    from deltune.settings import load_run, split_file
 
     if any(word in ("-m", "--multirun") for word in words):
         raise ConfigError("launch: a sweep cannot be launched; start its runs one by one")
-    run = load_run(*split_file(words[1:], plain=False))
+    run = load_run(*split_file(words[1:]))
     if run.engine.name == "single" and num_processes > 1:
         raise ConfigError(f"launch: engine=single is for one process, and -n is {num_processes}; choose engine=ddp")
 

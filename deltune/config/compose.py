@@ -191,9 +191,9 @@ class _Composer:
             yield (*path, primary), stated
         else:
             names = options(path[0])
-            known = f"options are {', '.join(names)}{closest(value, names)}; or " if names else ""
+            known = f"there are {', '.join(names)}{closest(value, names).rstrip('?')}; " if names else ""
             example = next(key.dotted for key in walk(self.root, load=False) if key.path[0] == path[0])
-            self.problem(path, stated, f"{known}give single keys, e.g. {example}=..")
+            self.problem(path, stated, f"is no option; {known}or give single keys, e.g. {example}=..")
 
     def judge_preset(self, stated: Stated) -> None:
         names = options("preset")

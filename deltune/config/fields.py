@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +83,8 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
-def hints(cls: type) -> dict[str, Any]:
+@functools.cache
+def hints(cls: type) -> Mapping[str, Any]:
     """Each field's type, evaluated."""
     return typing.get_type_hints(cls)
 

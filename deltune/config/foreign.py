@@ -191,6 +191,7 @@ ABSENT = {
     "num_beams": "answers are drawn token by token, without beams",
     "push_to_hub": "nothing is uploaded",
     "hub_model_id": "nothing is uploaded",
+    "<<": "merge keys are not read; refer to another key as ${section.key}",
     "defaults": "write the option itself at the top: `schedule: linear`",
     "preprocessing_num_workers": "tokens are cached by content, so a file is tokenised once",
     "dataloader_num_workers": "batches are made in the training process",

@@ -41,7 +41,7 @@ def nearest_keys(word: str, names: Set[str], *, limit: int = NUM_SUGGESTIONS) ->
     scores = {name: _score(word, name) for name in names}
     leaf = word.rpartition(".")[2]
     for foreign in FOREIGN.values():
-        if foreign.target in scores:
+        if foreign.target in scores and abs(len(leaf) - len(foreign.name)) <= MAX_FOREIGN_EDITS:
             edits = distance(leaf, foreign.name)
             if edits <= MAX_FOREIGN_EDITS:
                 scores[foreign.target] = min(scores[foreign.target], edits + REARRANGED)
@@ -76,7 +76,7 @@ def _score(word: str, name: str) -> float:
 
 def _leaf_score(word: str, leaf: str) -> float:
     plain = float(distance(word, leaf))
-    squeezed = distance(word.replace("_", ""), leaf.replace("_", "")) + REARRANGED
+    squeezed = distance(word.replace("_", ""), leaf.replace("_", "")) + REARRANGED if "_" in word + leaf else plain
     words, leaves = set(word.split("_")), set(leaf.split("_"))
     missing = len(leaves - words) + len(words - leaves)
     # `length_max`, `learning_max_length`: whole words shared, others missing or added

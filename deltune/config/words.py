@@ -11,7 +11,6 @@ import itertools
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from deltune.config.fields import members
@@ -41,8 +40,7 @@ def split(text: str) -> tuple[str, str]:
         example = f"{plain.replace('-', '_')}={value if equals else 'VALUE'}"
         raise ConfigError(f"{text}: settings are written without dashes: {example}")
     if not equals:
-        missing = "; there is no such file" if Path(text).suffix in (".yaml", ".yml") else ""
-        raise ConfigError(f"{text}: is neither key=value nor a YAML file{missing}")
+        raise ConfigError(f"{text}: is neither key=value nor a YAML file")
     if key != plain:
         raise ConfigError(f"{text}: settings are written as key=value, without {key[0]} or spaces around the key")
     if not plain or any(not part for part in plain.split(".")):
@@ -117,6 +115,8 @@ def _alternatives(word: str, options: Callable[[str], list[str]]) -> list[str]:
 
     key, value = split(word)
     parsed = _parse(value)
+    if isinstance(parsed, ConfigError) and "," in value:
+        raise ConfigError(f"{word} (command line): with -m commas separate values, and these {parsed}")
     if isinstance(parsed, ConfigError) or not parsed.is_sweep_override():
         return [word]
     if not parsed.is_discrete_sweep():

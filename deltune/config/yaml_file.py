@@ -1,11 +1,12 @@
 """A config file as plain values with the line of each: read safely, and written so that it reads back to the same values.
 
 Scalars follow YAML 1.2 (only true and false are booleans, 1e-4 is a number, 12:30 and 2024-01-01 are text). Nothing in
-a file can name Python, pull in another file, or grow: tags, aliases, merge keys and empty values are refused.
+a file can name Python, pull in another file, or grow: tags, aliases and empty values are refused, and << is a key like any other.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
 
 
 def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f", and no folder {path.parent}"
     found = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))[:8]
     return f"; in that folder: {', '.join(found)}" if found else ""
@@ -125,8 +126,6 @@ def _mapping(node: yaml.MappingNode, name: str, path: tuple[str, ...], lines: Li
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         if key is None or key_node.tag == "tag:yaml.org,2002:null":
             raise ConfigError(f"{_at(name, key_node)}: a key must be text")
-        if key == "<<" and key_node.style is None:
-            raise ConfigError(f"{_at(name, key_node)}: merge keys (<<) are refused; refer to another key as ${{section.key}}")
         here = (*path, key)
         if key in found:
             raise ConfigError(f"{_at(name, key_node)}: {key} is given twice; first in line {lines[here]}")
