@@ -242,6 +242,11 @@ def test_the_start_depends_on_the_seed_and_the_layers_name_alone(method):
     everything = config_of(method).targets
     every, again = start(everything), start(everything, noise=5)
     assert same(every, again)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(every, {name: tensor.float() for name, tensor in start(everything).items()})
+    finally:
+        torch.set_default_dtype(torch.float32)
     for place in everything:
         alone = start([place])
         assert same(alone, {name: every[name] for name in alone})

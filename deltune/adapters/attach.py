@@ -57,7 +57,7 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default", se
 def generator_for(place: str, seed: int) -> torch.Generator:
     """Random numbers for one layer, the same whatever else is adapted and on every device."""
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
@@ -290,7 +290,8 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _untie_config(model: nn.Module) -> None:
     """Where head and embedding no longer hold one tensor, have the config say so, or a reload would tie them again."""
     head = output_head(model)
-    if head is None or original(head).weight is original(model.get_input_embeddings()).weight:
+    if head is None or not hasattr(model, "config") or not model.config.get_text_config().tie_word_embeddings:
         return
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+    if original(head).weight is not original(model.get_input_embeddings()).weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

@@ -56,8 +56,8 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 def _sample(tensor: Tensor) -> Tensor:
     count = min(SAMPLES, tensor.numel())
-    places = torch.arange(count, dtype=torch.int64) * STRIDE % max(1, tensor.numel())
-    return tensor.reshape(-1)[places.to(tensor.device)].cpu()
+    places = torch.arange(count, dtype=torch.int64, device=tensor.device) * STRIDE % max(1, tensor.numel())
+    return tensor.reshape(-1)[places].cpu()
 
 
 def _digest(samples: list[Tensor], dtype: torch.dtype) -> str:

@@ -44,13 +44,16 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 
+DRAWN = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+
+
 def _kaiming(A: Tensor, generator: torch.Generator) -> Tensor:
     bound = 1 / math.sqrt(A.shape[1])  # kaiming_uniform with a = √5
-    return torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(A.shape, **DRAWN).uniform_(-bound, bound, generator=generator)
 
 
 def _gaussian(A: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.empty(A.shape).normal_(std=1 / A.shape[0], generator=generator)
+    return torch.empty(A.shape, **DRAWN).normal_(std=1 / A.shape[0], generator=generator)
 
 
 INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"kaiming": _kaiming, "gaussian": _gaussian}
@@ -147,7 +150,7 @@ class Lora(Delta):
     def reset(self, generator: torch.Generator) -> None:
         if self.site.kind == "embedding":
             self.lora_A.zero_()
-            self.lora_B.copy_(torch.empty(self.lora_B.shape).normal_(generator=generator))
+            self.lora_B.copy_(torch.empty(self.lora_B.shape, **DRAWN).normal_(generator=generator))
         else:
             self.lora_A.copy_(INITS[self.config.init](self.lora_A, generator))
             self.lora_B.zero_()
