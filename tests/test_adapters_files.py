@@ -111,10 +111,10 @@ def test_every_bit_of_the_tensor_file_is_guarded(folder):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
-        refused(folder, "", model)
+        refused(folder, "adapter_model", model)
     for size in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(folder, "", model)
+        refused(folder, "adapter_model", model)
 
 
 @pytest.mark.parametrize("ending", ["bin", "pt", "pkl", "ckpt"])
