@@ -22,7 +22,7 @@ from deltune.engines.config import ENGINES, EngineConfig, Single
 from deltune.errors import ConfigError
 from deltune.models.config import ModelConfig
 from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
-from deltune.train.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from deltune.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
@@ -150,6 +150,8 @@ def _data_rules(run: Run) -> Iterator[str]:
             yield "data.eval_size needs all rows, which data.streaming does not know beforehand: name a file in data.eval"
         if run.train.steps is None:
             yield "train.steps must be given with data.streaming: the number of rows is not known beforehand"
+        if not data.eval and data.cache not in ("auto", None):
+            yield "data.cache has no effect with data.streaming, which keeps no tokens"
         if not data.shuffle and _changed(data, "stream_block"):
             yield "data.stream_block has no effect with data.shuffle=false"
     elif _changed(data, "stream_block"):
@@ -181,7 +183,7 @@ def _record_rules(run: Run) -> Iterator[str]:
     if run.name is not None and not NAME.fullmatch(run.name):
         yield "name must be a plain folder name: letters, digits and . _ + = -, not starting with a sign, at most 200"
     from deltune.config.suggest import closest
-    from deltune.train.sinks import SINKS
+    from deltune.training.sinks import SINKS
 
     for sink in log.sinks:
         if sink not in SINKS:

@@ -15,7 +15,7 @@ import torch
 
 from deltune.engines.build import build
 from deltune.engines.config import DDP, Single
-from deltune.train.callbacks import Callback
+from deltune.training.callbacks import Callback
 from tests.synthetic import Rows, make_loop
 from tests.tiny import tiny_model
 

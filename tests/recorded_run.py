@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 
 from deltune.config import yaml_file
-from deltune.train.callbacks import EvalRecord, Outcome, RunInfo, Sample, StepRecord
-from deltune.train.metrics import MetricsFile
+from deltune.training.callbacks import EvalRecord, Outcome, RunInfo, Sample, StepRecord
+from deltune.training.metrics import MetricsFile
 
 CONFIG = {
     "name": "words",

@@ -14,12 +14,12 @@ from deltune.engines.engine import Engine
 from deltune.optim.build import build_optimizer
 from deltune.optim.config import AdamW
 from deltune.optim.groups import parameter_groups
-from deltune.train.callbacks import RunInfo
-from deltune.train.checkpoints import CheckpointStore
-from deltune.train.config import CheckpointConfig, EvalConfig, TrainConfig
-from deltune.train.loop import Loop
-from deltune.train.loss import causal_lm_step
-from deltune.train.state import Saver
+from deltune.training.callbacks import RunInfo
+from deltune.training.checkpoints import CheckpointStore
+from deltune.training.config import CheckpointConfig, EvalConfig, TrainConfig
+from deltune.training.loop import Loop
+from deltune.training.loss import causal_lm_step
+from deltune.training.state import Saver
 
 PAD = 258
 

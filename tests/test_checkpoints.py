@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from deltune.errors import CheckpointError, Interrupted
-from deltune.train import randomness, storage
-from deltune.train.callbacks import Callback
-from deltune.train.checkpoints import CheckpointStore
-from deltune.train.lock import FolderLock
+from deltune.training import randomness, storage
+from deltune.training.callbacks import Callback
+from deltune.training.checkpoints import CheckpointStore
+from deltune.training.lock import FolderLock
 from tests.synthetic import make_loop
 from tests.tiny import tiny_model
 
@@ -131,7 +131,7 @@ def test_files_swapped_between_checkpoints_are_noticed(tmp_path):
 
 def test_rotation_keeps_the_limit_the_best_and_two_good_ones(tmp_path):
     values = iter([1.0, 5.0, 4.0, 3.0, 2.0, 2.0, 2.0])
-    from deltune.train.config import EvalConfig
+    from deltune.training.config import EvalConfig
 
     *_, loop, _ = run(tmp_path, steps=12, every=2, eval=EvalConfig(every=2), evaluate=lambda: {"loss": next(values)}, limit=2)
     assert loop.saver.store.steps() == [2, 10, 12]  # the best is step 2
@@ -199,7 +199,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path, sign
 
 def test_one_run_owns_a_folder_and_a_dead_owners_lock_is_free(tmp_path):
     code = (
-        "import sys,time; from pathlib import Path; from deltune.train.lock import FolderLock\n"
+        "import sys,time; from pathlib import Path; from deltune.training.lock import FolderLock\n"
         "FolderLock(Path(sys.argv[1])).acquire(); print('locked', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

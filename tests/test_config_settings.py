@@ -59,6 +59,7 @@ RULES = [
     ("data.streaming=true train.steps=5 data.eval_size=4", "data.eval_size", "data.eval_size=0"),
     ("data.streaming=true", "train.steps", "train.steps=5"),
     ("data.streaming=true train.steps=5 data.shuffle=false data.stream_block=9", "data.stream_block", "data.shuffle=true"),
+    ("data.streaming=true train.steps=5 data.cache=folder", "data.cache", "data.eval=[bundled]"),
     ("data.stream_block=9", "data.stream_block", "data.stream_block=1024"),
     ("eval.every=5", "eval.every", "data.eval_size=4"),
     ("eval.exact_match=true", "eval.exact_match", "data.eval=[bundled]"),

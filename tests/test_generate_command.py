@@ -53,6 +53,26 @@ def test_one_prompt_prints_its_answer_and_nothing_else(folder, capsys):
         command.main([f"model={folder}", "prompt= "])
 
 
+def test_an_adapter_answers_as_the_model_it_was_saved_from(folder, tmp_path, capsys):
+    import torch
+
+    from deltune import LoraConfig, attach, save_adapter
+    from deltune.models.config import ModelConfig
+    from deltune.models.load import load as load_model
+
+    model = attach(load_model(ModelConfig(path=str(folder))), LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    answer = generate(model, tokenizer, [render_prompt(tokenizer, "hello")], GenerateOptions(max_new_tokens=12))[0]
+    assert answer.text != expected(["hello"], max_new_tokens=12)[0]
+    command.main([f"model={folder}", f"adapter={tmp_path / 'adapter'}", "prompt=hello", "max_new_tokens=12"])
+    assert capsys.readouterr().out == answer.text + "\n"
+
+
 QUESTIONS = [f"question {'x' * (n % 5)} {n}" for n in range(9)]
 
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from deltune.engines.config import Single
 from deltune.engines.engine import Engine
 from deltune.errors import NumericsError
-from deltune.train.callbacks import Callback, RunInfo
-from deltune.train.config import CheckpointConfig, EvalConfig, TrainConfig
-from deltune.train.loop import Loop, improves
-from deltune.train.loss import causal_lm_step
+from deltune.training.callbacks import Callback, RunInfo
+from deltune.training.config import CheckpointConfig, EvalConfig, TrainConfig
+from deltune.training.loop import Loop, improves
+from deltune.training.loss import causal_lm_step
 from tests.synthetic import Rows, make_loop
 from tests.tiny import tiny_model
 

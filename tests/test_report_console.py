@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from deltune.train.callbacks import EvalRecord
-from deltune.train.config import LogConfig
-from deltune.train.console import Console
+from deltune.training.callbacks import EvalRecord
+from deltune.training.config import LogConfig
+from deltune.training.console import Console
 from tests import recorded_run as made
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def test_remaining_time_on_the_line_is_steps_left_times_their_seconds(tmp_path):
 
 
 def test_lines_keep_their_distance_in_time(tmp_path, monkeypatch):
-    from deltune.train import console as module
+    from deltune.training import console as module
 
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -149,7 +149,7 @@ def test_other_ranks_say_nothing(tmp_path, monkeypatch):
 def bar_of(tmp_path, monkeypatch, width: int = 100, **changes) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm-256color")
-    from deltune.train import console as module
+    from deltune.training import console as module
 
     monkeypatch.setattr(module, "REDRAW_SECONDS", 0.0)
     stream = Terminal()
@@ -214,8 +214,8 @@ def python(code: str, **options) -> subprocess.Popen:
 RUN = """
     from pathlib import Path
     from tests import recorded_run as made
-    from deltune.train.config import LogConfig
-    from deltune.train.console import Console
+    from deltune.training.config import LogConfig
+    from deltune.training.console import Console
     console = Console(LogConfig(lines_every_seconds=0.0))
     console.on_start(made.info(Path("."), name="naïve – 日本"))
     made.play([console], Path("."), 1, 200)

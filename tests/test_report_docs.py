@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from deltune.train import metrics
-from deltune.train.sinks import SINKS, STEP_SCALARS
+from deltune.training import metrics
+from deltune.training.sinks import SINKS, STEP_SCALARS
 from tests import recorded_run as made
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "runs.md").read_text(encoding="utf-8")

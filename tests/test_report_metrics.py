@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from deltune.errors import CheckpointError
-from deltune.train import metrics, records
-from deltune.train.callbacks import EvalRecord
-from deltune.train.metrics import MetricsFile
+from deltune.training import metrics, records
+from deltune.training.callbacks import EvalRecord
+from deltune.training.metrics import MetricsFile
 from tests import recorded_run as made
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_message_and_leaves_no_torn_line(tmp_path):
         from pathlib import Path
         from tests import recorded_run as made
         from deltune.errors import DeltuneError
-        from deltune.train.metrics import MetricsFile
+        from deltune.training.metrics import MetricsFile
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         folder = Path({str(tmp_path)!r})
         file = MetricsFile(folder / "metrics.jsonl")
@@ -236,7 +236,7 @@ def test_a_kill_between_two_lines_loses_none(tmp_path):
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
         from tests import recorded_run as made
-        from deltune.train.metrics import MetricsFile
+        from deltune.training.metrics import MetricsFile
         folder = Path({str(tmp_path)!r})
         file = MetricsFile(folder / "metrics.jsonl")
         file.on_start(made.info(folder))

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from deltune.train import display
-from deltune.train.curves import RemainingTime, Smooth, smooth, spans_decades, thin, trimmed_mean
+from deltune.training import display
+from deltune.training.curves import RemainingTime, Smooth, smooth, spans_decades, thin, trimmed_mean
 
 
 def average(values: list[float], beta: float) -> list[float]:

@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from deltune.errors import CheckpointError
-from deltune.train import svg
-from deltune.train.callbacks import Sample
-from deltune.train.card import code, fenced, markdown, write_card
-from deltune.train.metrics import MetricsFile
-from deltune.train.plots import loss_png
-from deltune.train.report import write_report
+from deltune.training import svg
+from deltune.training.callbacks import Sample
+from deltune.training.card import code, fenced, markdown, write_card
+from deltune.training.metrics import MetricsFile
+from deltune.training.plots import loss_png
+from deltune.training.report import write_report
 from tests import recorded_run as made
 
 NASTY = "</pre></textarea><script>alert(1)</script><img src=x onerror=alert(1)> \x1b[31mred\x1b[0m & \"'|`#\n---\n{{7*7}} \ud800"
@@ -147,7 +147,7 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_text_can_be_read_in_light_and_dark():
-    from deltune.train.report_style import STYLE
+    from deltune.training.report_style import STYLE
 
     for scheme in re.findall(r":root \{(.*?)\}", str(STYLE), re.S):
         colors = dict(re.findall(r"(--[\w-]+): (#\w{6})", scheme))
@@ -397,7 +397,7 @@ def test_drawing_needs_no_display_and_leaves_pyplot_alone():
     import subprocess
     import sys
 
-    code = "import sys; from deltune.train import plots, report, console, sinks; assert not {'matplotlib', 'rich', 'tensorboard', 'wandb'} & set(sys.modules)"
+    code = "import sys; from deltune.training import plots, report, console, sinks; assert not {'matplotlib', 'rich', 'tensorboard', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from deltune.errors import ConfigError
-from deltune.train import metrics, sinks
-from deltune.train.config import LogConfig
-from deltune.train.metrics import MetricsFile
+from deltune.training import metrics, sinks
+from deltune.training.config import LogConfig
+from deltune.training.metrics import MetricsFile
 from tests import recorded_run as made
 
 NAMES = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/peak_memory_gb", "train/mfu"}

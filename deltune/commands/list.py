@@ -126,7 +126,7 @@ def table(section: str) -> Callable[[], Iterator[Row]]:
 
 
 def sinks() -> Iterator[Row]:
-    from deltune.train.sinks import SINKS
+    from deltune.training.sinks import SINKS
 
     for name, cls in SINKS.items():
         yield name, _first_line(cls)

@@ -161,7 +161,7 @@ class PromptWriter:
 
 def trained_template(settings: Generation) -> str:
     """Without a chat template `auto` goes by the rows: the frame that the run's own rows were written in, if it is one."""
-    from deltune.train import metrics
+    from deltune.training import metrics
 
     run = Path(settings.run) if settings.run else Path(settings.adapter).parent if settings.adapter else None
     if run is None or not (run / metrics.FILE).is_file():

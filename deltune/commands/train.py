@@ -19,9 +19,9 @@ from deltune.log import logger
 
 if TYPE_CHECKING:
     from deltune.settings import Run
-    from deltune.train.callbacks import Callback, Outcome, RunInfo, Sample, StepRecord
-    from deltune.train.loop import Loop
-    from deltune.train.loss import ForwardStep
+    from deltune.training.callbacks import Callback, Outcome, RunInfo, Sample, StepRecord
+    from deltune.training.loop import Loop
+    from deltune.training.loss import ForwardStep
 
 # A resumed run may differ from its first start in these and still be the same run.
 MAY_CHANGE = ("log", "checkpoint", "resume", "output", "name", "train.steps", "train.epochs", "train.nonfinite",
@@ -57,7 +57,7 @@ def train(
     """
     from deltune.engines.build import build
     from deltune.settings import run_from
-    from deltune.train.loss import causal_lm_step
+    from deltune.training.loss import causal_lm_step
 
     run = run_from(config)
     engine = build(run.engine)
@@ -78,8 +78,8 @@ def train(
 @contextmanager
 def owned(run: Run) -> Iterator[None]:
     """Hold the run folder's lock on rank 0, and make sure that what is in it belongs to this run."""
-    from deltune.train.lock import FolderLock
-    from deltune.train.storage import write_text
+    from deltune.training.lock import FolderLock
+    from deltune.training.storage import write_text
 
     lock = FolderLock(run.folder)
 
@@ -133,7 +133,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def completed(run: Run) -> Outcome | None:
     """The outcome of a run that has ended, unless it is now asked for more steps than it made."""
-    from deltune.train.callbacks import Outcome
+    from deltune.training.callbacks import Outcome
 
     file = run.folder / "completed.json"
     if not file.exists():
@@ -183,18 +183,33 @@ class Session:
 
     def go(self, callbacks: Sequence[Callback]) -> Outcome:
         began = time.perf_counter()
-        self.load_data()
-        self.load_model()
-        loop = self.build_loop()
-        self.start(loop, callbacks)
-        stopped_by = loop.run()
-        outcome = self.finish(loop, stopped_by, time.perf_counter() - began)
-        for callback in loop.callbacks:
-            callback.on_end(outcome)
+        self.callbacks = [*self.own_callbacks(), *callbacks]
+        try:
+            self.load_data()
+            self.load_model()
+            loop = self.build_loop()
+            self.start(loop)
+            stopped_by = loop.run()
+            outcome = self.finish(loop, stopped_by, time.perf_counter() - began)
+            for callback in self.callbacks:
+                callback.on_end(outcome)
+        finally:
+            for callback in self.callbacks:
+                callback.close()
         if dist.is_main():
             self.write_ending(loop, outcome)
         dist.barrier()
         return outcome
+
+    def own_callbacks(self) -> list[Callback]:
+        """Records, sinks and console: made first, so that a sink whose package is missing stops the run at once."""
+        from deltune.training.console import Console
+        from deltune.training.metrics import MetricsFile
+        from deltune.training.sinks import build_sinks
+
+        log = self.run.log
+        own = [MetricsFile(self.run.folder / "metrics.jsonl"), *build_sinks(log), Console(log)]
+        return own if self.task_print is None else [*own, task_printer(self.task_print)]
 
     def load_data(self) -> None:
         """Tokenizer and tokens; rank 0 first, so that the others find its cache."""
@@ -230,9 +245,9 @@ class Session:
         from deltune.optim.build import build_optimizer
         from deltune.optim.groups import parameter_groups
         from deltune.optim.schedules import schedule
-        from deltune.train.checkpoints import CheckpointStore
-        from deltune.train.loop import Loop
-        from deltune.train.state import Saver
+        from deltune.training.checkpoints import CheckpointStore
+        from deltune.training.loop import Loop
+        from deltune.training.state import Saver
 
         run, engine = self.run, self.engine
         epochs = run.train.epochs or 1.0
@@ -251,14 +266,14 @@ class Session:
             self.model, loader=loader, optimizer=optimizer, schedule=schedule(run.schedule, num_steps), engine=engine,
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store),
-            evaluate=None if self.data.evaluation is None else self.evaluate, forward_step=self.forward_step,
-            log_every=run.log.every,
+            evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
+            forward_step=self.forward_step, log_every=run.log.every,
         )
 
     def describe(self, num_steps: int) -> RunInfo:
         from deltune.commands.describe_run import description
         from deltune.models.cost import device_peak_flops, flops_per_token
-        from deltune.train.callbacks import RunInfo
+        from deltune.training.callbacks import RunInfo
 
         run = self.run
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -275,14 +290,11 @@ class Session:
 
     # -- before the first step ------------------------------------------------------------------------------------
 
-    def start(self, loop: Loop, callbacks: Sequence[Callback]) -> None:
+    def start(self, loop: Loop) -> None:
         """Numbers before training, the newest checkpoint, the records up to it, and everyone told."""
         import dataclasses
 
-        from deltune.train import randomness
-        from deltune.train.console import Console
-        from deltune.train.metrics import MetricsFile
-        from deltune.train.sinks import build_sinks
+        from deltune.training import randomness
 
         run = self.run
         before_file = run.folder / "before.json"
@@ -296,21 +308,17 @@ class Session:
         if run.resume == "must" and loop.progress.step == 0:
             raise CheckpointError(f"{run.folder}: resume=must, but no checkpoint is whole: " + "; ".join(complaints))
         loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step)
-        loop.callbacks += [MetricsFile(run.folder / "metrics.jsonl"), *build_sinks(run.log), Console(run.log)]
-        if self.task_print is not None:
-            loop.callbacks.append(task_printer(self.task_print))
-        loop.callbacks += callbacks
-        for callback in loop.callbacks:
+        for callback in self.callbacks:
             callback.on_start(loop.info)
         for complaint in complaints:
             loop.event(f"passed over a damaged checkpoint: {complaint}")
         if loop.progress.step:
             loop.event(f"resumed after step {loop.progress.step}")
-        if fresh and self.before["metrics"]:
-            self.tell_before(loop)
+        if self.before["metrics"] and not self.before_is_told():
+            self.tell_before()
 
     def measure_before(self) -> dict[str, Any]:
-        from deltune.train.storage import write_json
+        from deltune.training.storage import write_json
 
         metrics: dict[str, float] = {}
         samples: list[dict[str, str]] = []
@@ -321,10 +329,17 @@ class Session:
         dist.on_main(lambda: write_json(self.run.folder / "before.json", before))
         return before
 
-    def tell_before(self, loop: Loop) -> None:
-        from deltune.train.callbacks import EvalRecord
+    def before_is_told(self) -> bool:
+        """Whether metrics.jsonl has the evaluation before the first step; every rank answers as rank 0."""
+        from deltune.training.metrics import read
 
-        for callback in loop.callbacks:
+        lines = dist.on_main(lambda: read(self.run.folder / "metrics.jsonl"))
+        return any(line["kind"] == "eval" and line["step"] == 0 for line in lines)
+
+    def tell_before(self) -> None:
+        from deltune.training.callbacks import EvalRecord
+
+        for callback in self.callbacks:
             callback.on_eval(EvalRecord(0, self.before["metrics"], is_best=False, seconds=0.0))
 
     # -- evaluation -------------------------------------------------------------------------------------------------
@@ -365,8 +380,8 @@ class Session:
 
     def finish(self, loop: Loop, stopped_by: str, seconds: float) -> Outcome:
         """The best weights back in place, measured and exported."""
-        from deltune.train.callbacks import Outcome, Sample
-        from deltune.train.state import load_moving_tensors
+        from deltune.training.callbacks import Outcome, Sample
+        from deltune.training.state import load_moving_tensors
 
         progress, store = loop.progress, loop.saver.store
         best = progress.best_step
@@ -402,7 +417,7 @@ class Session:
 
     def write_ending(self, loop: Loop, outcome: Outcome) -> None:
         """Samples, report, card; the mark of completion last."""
-        from deltune.train.storage import write_json
+        from deltune.training.storage import write_json
 
         folder = self.run.folder
         write_json(folder / "samples.json", [vars(s) for s in outcome.samples])
@@ -419,9 +434,9 @@ class Session:
 
 def write_report_files(folder: Path) -> None:
     """The loss curve, the model card and the report, from what the folder holds."""
-    from deltune.train.card import write_card
-    from deltune.train.plots import loss_png
-    from deltune.train.report import write_report
+    from deltune.training.card import write_card
+    from deltune.training.plots import loss_png
+    from deltune.training.report import write_report
 
     loss_png(folder)
     write_card(folder)
@@ -430,7 +445,7 @@ def write_report_files(folder: Path) -> None:
 
 def task_printer(task_print: Callable[[StepRecord], str]) -> Callback:
     """A callback that logs a user's own text for each step."""
-    from deltune.train.callbacks import Callback
+    from deltune.training.callbacks import Callback
 
     class TaskPrint(Callback):
         def on_step(self, record: StepRecord) -> None:

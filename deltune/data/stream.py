@@ -215,7 +215,7 @@ class Stream:
     def _encode(self, rows: list[tuple[int, File, Record]]) -> list[Example]:
         """The examples of a block in reading order; rows that cannot be used are refused or logged."""
         results = {
-            index: outcomes((record for i, _, record in rows if i == index), source.schema, source.encoder)
+            index: outcomes([record for i, _, record in rows if i == index], source.schema, source.encoder)
             for index, source in enumerate(self.sources)
         }
         new = self._epoch == 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deltune.errors import CheckpointError
-from deltune.train.checkpoints import CheckpointStore, Snapshot
+from deltune.training.checkpoints import CheckpointStore, Snapshot
 from tests.faults.lab import Evidence, Lab, Row, said
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltune.train.checkpoints import CheckpointStore
+from deltune.training.checkpoints import CheckpointStore
 from tests.faults.lab import Lab, Row
 
 SETTINGS = {"steps": 12, "every": 3, "eval_every": 4, "limit": 2, "accumulate": 1}

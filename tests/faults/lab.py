@@ -140,12 +140,12 @@ class Lab:
             self.forget(own)
         return self._references[key]
 
-    def to_the_end(self, task: Any, reference: Evidence) -> str | None:
+    def to_the_end(self, task: Any, reference: Evidence, *, older_may_stay: bool = False) -> str | None:
         """Go on with a run until it is complete; what differs from the undisturbed one."""
         code, text = self.run(task)
         if code != 0:
             return f"the run that goes on ends with {code}: {text[-1500:]}"
-        return difference(task.path, reference)
+        return difference(task.path, reference, older_may_stay=older_may_stay)
 
 
 def said(task: Any) -> str:
@@ -183,9 +183,14 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith((".tmp", ".trash")))
 
 
-def difference(folder: Path, reference: Evidence) -> str | None:
-    """None if the run in the folder is the reference's, bit for bit and with nothing left lying about."""
+def difference(folder: Path, reference: Evidence, *, older_may_stay: bool = False) -> str | None:
+    """None if the run in the folder is the reference's, bit for bit and with nothing left lying about.
+
+    `older_may_stay`: checkpoints that rotation had removed may be there again.
+    """
     found = evidence(folder)
+    if older_may_stay:
+        found = replace(found, checkpoints=tuple(c for c in found.checkpoints if c >= reference.checkpoints[0]))
     for name in ("curve", "evaluations", "final", "checkpoints"):
         ours, theirs = getattr(found, name), getattr(reference, name)
         if ours != theirs:

@@ -28,7 +28,10 @@ def power_cut(lab: Lab, model: str, stride: int = 1) -> Row:
         if problem is None:
             promised, found = int(after.with_suffix(".saved").read_text()), newest_step(after / task.path.name)
             problem = f"the checkpoint of step {promised} was promised, step {found} is there" if found < promised else None
-        problem = problem or lab.to_the_end(replace(task, folder=str(after / task.path.name)), reference)
+        if problem is None:
+            problem = lab.to_the_end(
+                replace(task, folder=str(after / task.path.name)), reference, older_may_stay=True
+            )
         kind, path, _ = calls[number]
         row.count(problem and f"before {kind} {path} (call {number}): {problem}")
         if problem is None:

@@ -36,7 +36,7 @@ def one_signal(lab: Lab, count: int, seed: int = 0) -> Row:
         signals, problem = 0, None
         while signals < min(MOST_PER_RUN, count - row.trials) and problem is None:
             child = lab.start(task)
-            if not wait_for_step(child, task.path, min(chance.randrange(1, task.steps), logged_step(task.path) + 8)):
+            if not wait_for_step(child, task.path, logged_step(task.path) + chance.randrange(1, 7)):
                 break
             time.sleep(chance.uniform(0.0, 0.02))
             signum, began = chance.choice(SIGNALS), time.monotonic()
@@ -60,18 +60,18 @@ def second_signal(lab: Lab, count: int, seed: int = 0) -> Row:
     chance = random.Random(seed)
     row = Row("a second signal during the save")
     for _ in range(count):
-        task = lab.task(every=5)
+        task = lab.task(every=6, eval_every=100)
         reference = lab.reference(task)
-        child = lab.start(replace(task, sync_seconds=0.5))
+        child = lab.start(replace(task, sync_seconds=0.15))
         problem = None if wait_for_step(child, task.path, 6) else f"ended early: {said(task)[-800:]}"
         if problem is None:
             first = chance.choice(SIGNALS)
             child.send(first)
-            time.sleep(chance.uniform(0.05, 0.8))
+            time.sleep(chance.uniform(0.05, 1.0))
             child.send(chance.choice(SIGNALS))
-            code = child.wait(2.0)  # the save itself would take ten
-            problem = None if code == 128 + first else f"after the second signal: {code}: {said(task)[-800:]}"
-            child.kill()
+            code = child.wait()
+            if code != 128 + first or "asked again" not in said(task) or newest_step(task.path):
+                problem = f"after the second signal: {code}, step {newest_step(task.path)} saved: {said(task)[-800:]}"
         problem = problem or lab.to_the_end(task, reference)
         row.count(problem)
     return row
@@ -83,12 +83,13 @@ def grace_over(lab: Lab, count: int) -> Row:
     for number in range(count):
         task = lab.task(every=2)
         reference = lab.reference(task)
-        child = lab.start(replace(task, step_seconds=1.5, grace_seconds=0.2))
+        child = lab.start(replace(task, step_seconds=1.0, grace_seconds=0.2))
         signum = SIGNALS[number % len(SIGNALS)]
         problem = None
         if not wait_for_step(child, task.path, 2):
             problem = f"ended early: {said(task)[-800:]}"
         else:
+            time.sleep(0.3)  # into the third step
             child.send(signum)
             code = child.wait()
             if code != 128 + signum or "the grace period is over" not in said(task):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from deltune import weights
-from deltune.train import records
-from deltune.train.curves import smooth, spans_decades
-from deltune.train.display import one_line
+from deltune.training import records
+from deltune.training.curves import smooth, spans_decades
+from deltune.training.display import one_line
 
 FILE = "loss.png"
 INK, MUTED, GRID = "#1c2430", "#66707f", "#e6e9ee"

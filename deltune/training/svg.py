@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from deltune.train.curves import thin
+from deltune.training.curves import thin
 
 HOVERS = 96  # columns that answer the pointer
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 20, 26

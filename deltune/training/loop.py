@@ -17,12 +17,13 @@ import torch
 from deltune import dist
 from deltune.engines.engine import Engine
 from deltune.errors import Interrupted, NumericsError
-from deltune.train.callbacks import Callback, EvalRecord, RunInfo, StepRecord
-from deltune.train.config import CheckpointConfig, EvalConfig, TrainConfig
-from deltune.train.loss import ForwardStep, causal_lm_step
-from deltune.train.numerics import diagnose, first_bad_weight
-from deltune.train.signals import StopRequest
-from deltune.train.state import Saver
+from deltune.training import randomness
+from deltune.training.callbacks import Callback, EvalRecord, RunInfo, StepRecord
+from deltune.training.config import CheckpointConfig, EvalConfig, TrainConfig
+from deltune.training.loss import ForwardStep, causal_lm_step
+from deltune.training.numerics import diagnose, first_bad_weight
+from deltune.training.signals import StopRequest
+from deltune.training.state import Saver
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 
@@ -132,14 +133,14 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step, unless it is there already."""
-        if self.saver is None:
+        if self.saver is None or self.saver.last_saved == self.progress.step:
             return
+        self._tell("before_save", self.progress.step)
         path = self.saver.save(
             self.progress.step, vars(self.progress), self.model, self.optimizer, self.engine, self.loader,
             best_step=self.progress.best_step if self.checkpoint.load_best else None,
         )
-        if path is not None:
-            self._tell("on_save", self.progress.step, path)
+        self._tell("on_save", self.progress.step, path)
 
     def event(self, message: str) -> None:
         """Tell everyone of something out of the ordinary."""
@@ -153,10 +154,10 @@ class Loop:
         """All ranks answer alike, so that all leave at the same step."""
         if dist.world_size() == 1:
             return request.signum != 0
-        total, biggest = dist.sum_over_ranks([float(request.signum != 0), float(request.signum)], self.engine.device)
-        if total and not request.signum:
-            request.signum = round(biggest / total)
-        return total > 0
+        asked = dist.any_rank(request.signum != 0, self.engine.device)
+        if asked:
+            request.signum = max(dist.gather_objects(request.signum))
+        return asked
 
     def _stop(self, signum: int) -> None:
         self.save()
@@ -173,6 +174,7 @@ class Loop:
         factor = self.schedule(step)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
+        before = randomness.capture(), self.loader.state()
         batches = self.loader.step(step - 1)
         skipped, extra = False, {}
         counts = [float(sum(b.num_tokens for b in batches)), float(sum(b.num_trained_tokens for b in batches))]
@@ -185,7 +187,7 @@ class Loop:
                 self._update(grad_norm)
         except _NotFinite as fault:
             loss, grad_norm, skipped = fault.loss, fault.grad_norm, True
-            if self._answer(fault, step):
+            if self._answer(fault, step, before):
                 return
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -233,17 +235,22 @@ class Loop:
             self.engine.clip(self.parameters, grad_norm, self.max_grad_norm)
         self.engine.step(self.optimizer)
 
-    def _answer(self, fault: _NotFinite, step: int) -> bool:
+    def _answer(self, fault: _NotFinite, step: int, before: tuple[Any, Any]) -> bool:
         """What the policy does about a loss or gradient that is not finite. True if the loop has gone back."""
         if not fault.where:
             self._tell("on_event", step, f"step {step}: fp16 gradients overflowed; skipped, loss scale lowered")
             return False
         message = f"step {step}: loss {fault.loss}, gradient norm {fault.grad_norm}; no update was made: {fault.where}"
+        if step in self.progress.skip_steps:
+            self._tell("on_event", step, f"{message}; skipped, as it was rolled back for this")
+            return False
         self.progress.num_nonfinite += 1
         policy = self.train.nonfinite
-        if policy == "stop" or self.progress.num_nonfinite >= self.train.max_nonfinite:
-            if first_bad_weight(self.model) is None:
-                self.optimizer.zero_grad(set_to_none=True)
+        broken = dist.any_rank(first_bad_weight(self.model) is not None, self.engine.device)
+        # every later step would break on a broken weight too, so there is nothing to skip to
+        if policy == "stop" or self.progress.num_nonfinite >= self.train.max_nonfinite or (policy == "skip" and broken):
+            if not broken:
+                self._take_back(before)
                 self.save()
             raise NumericsError(
                 f"{message}. Look at those rows (deltune preview), lower optim.lr, or go on with train.nonfinite=skip or rollback."
@@ -257,6 +264,13 @@ class Loop:
         self.progress.skip_steps, self.progress.num_nonfinite = remembered, faults
         self._tell("on_event", step, f"rolled back to step {self.progress.step}; step {step} will not update")
         return True
+
+    def _take_back(self, before: tuple[Any, Any]) -> None:
+        """Undo what a step without update has used up, so that a checkpoint of now is one of the step before."""
+        rng, place = before
+        randomness.restore(*rng)
+        self.loader.load_state(place)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _finish(
         self, step: int, loss: float, grad_norm: float, num_tokens: int, num_trained: int, seconds: float,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltune.errors import CheckpointError
-from deltune.train import metrics
+from deltune.training import metrics
 
 # of what data.prepare's report tells of each set and of each of its sources
 DATA_COUNTS = ("rows", "examples", "tokens", "trained_tokens", "rejected", "overlong", "truncated", "held_out")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from deltune.train.loss import ForwardStep
+from deltune.training import randomness
+from deltune.training.loss import ForwardStep
 
 
 def _finite(value: Any) -> bool:
@@ -47,10 +48,12 @@ def first_bad_module(model: torch.nn.Module, batch: Any, forward: ForwardStep) -
 
     # innermost modules report first, since a parent's hook runs after its children's
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    state = randomness.capture()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad():
             forward(model, batch)
     finally:
+        randomness.restore(*state)
         for handle in handles:
             handle.remove()
     return found[0] if found else None

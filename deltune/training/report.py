@@ -13,11 +13,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from deltune.train import display, records, storage
-from deltune.train.card import base_model, loading_code
-from deltune.train.curves import smooth, spans_decades
-from deltune.train.report_style import STYLE
-from deltune.train.svg import Series, line_chart, tick_label
+from deltune.training import display, records, storage
+from deltune.training.card import base_model, loading_code
+from deltune.training.curves import smooth, spans_decades
+from deltune.training.report_style import STYLE
+from deltune.training.svg import Series, line_chart, tick_label
 
 FILE = "report.html"
 ENDINGS = {"completed": "completed", "early_stop": "stopped early", "already_complete": "completed"}

@@ -91,9 +91,15 @@ class Callback:
 
     def on_eval(self, record: EvalRecord) -> None: ...
 
+    def before_save(self, step: int) -> None:
+        """What a callback has recorded up to this step must outlast a power cut from now on: a resumed run goes on after it."""
+
     def on_save(self, step: int, path: Path) -> None: ...
 
     def on_event(self, step: int, message: str) -> None:
         """Something out of the ordinary: a skipped step, a rollback, a fall back to an older checkpoint."""
 
     def on_end(self, outcome: Outcome) -> None: ...
+
+    def close(self) -> None:
+        """Give back what was opened. Called last, also after a fault; may be called twice."""

@@ -16,10 +16,10 @@ from typing import Any, TextIO
 
 from deltune import dist
 from deltune.log import logger
-from deltune.train import display
-from deltune.train.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
-from deltune.train.config import LogConfig
-from deltune.train.curves import RemainingTime, Smooth
+from deltune.training import display
+from deltune.training.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
+from deltune.training.config import LogConfig
+from deltune.training.curves import RemainingTime, Smooth
 
 REDRAW_SECONDS = 0.1
 SMOOTHING = 0.9

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from deltune.train import display, records, storage
+from deltune.training import display, records, storage
 
 FILE = "README.md"
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")

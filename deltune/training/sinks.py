@@ -20,9 +20,9 @@ from deltune import dist, weights
 from deltune.config.suggest import closest
 from deltune.errors import ConfigError
 from deltune.log import logger
-from deltune.train import metrics, storage
-from deltune.train.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
-from deltune.train.config import LogConfig
+from deltune.training import metrics, storage
+from deltune.training.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
+from deltune.training.config import LogConfig
 
 IDS = "sinks.json"  # in the run folder: under which ids the sinks know this run
 

@@ -20,8 +20,8 @@ from typing import Any
 from deltune import dist, weights
 from deltune.errors import CheckpointError
 from deltune.log import logger
-from deltune.train import storage
-from deltune.train.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
+from deltune.training import storage
+from deltune.training.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
 
 FILE = "metrics.jsonl"
 TIMING = ("time", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
@@ -57,10 +57,12 @@ class MetricsFile(Callback):
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", dataclasses.asdict(record) | {"metrics": _scalars(record.metrics)})
 
-    def on_save(self, step: int, path: Path) -> None:
+    def before_save(self, step: int) -> None:
         if self._handle is not None:
-            self._write("save", {"step": step, "path": Path(os.path.relpath(path, self.path.parent)).as_posix()})
             os.fsync(self._handle)
+
+    def on_save(self, step: int, path: Path) -> None:
+        self._write("save", {"step": step, "path": Path(os.path.relpath(path, self.path.parent)).as_posix()})
 
     def on_event(self, step: int, message: str) -> None:
         self._write("event", {"step": step, "message": message})

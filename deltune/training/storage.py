@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from deltune.errors import CheckpointError, DeltuneError
 
 MANIFEST = "manifest.json"
 FORMAT = "deltune-checkpoint-1"
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # as `weights.replacing` names what it writes to
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,7 +30,37 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, so that they outlast a power cut: what lies in a folder that is lost is lost."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    weights.sync(path.parent)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the half-written files of processes that are gone. Only the holder of the folder's lock may call this."""
+    for path in folder.rglob(".*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and path.is_file() and not _is_alive(int(match[1])):
+            path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number; our own files are written only after the lock is taken."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], facts: dict[str, Any], num_bytes: int) -> None:
@@ -61,7 +93,14 @@ def write_folder(path: Path, fill: Callable[[Path], None], facts: dict[str, Any]
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The facts of a whole folder; CheckpointError naming the first file that is missing, changed or left over."""
+    """The facts of a whole folder; CheckpointError naming the first file that is missing, changed, left over or unreadable."""
+    try:
+        return _verify(path)
+    except OSError as error:  # a bad sector reads as an error, and a checkpoint may be a file by mistake
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _verify(path: Path) -> dict[str, Any]:
     manifest = _read_manifest(path)
     expected = manifest["files"]
     present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {MANIFEST}
@@ -100,8 +139,9 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder so that a kill half way leaves no folder that looks whole."""
+    """Delete a folder so that a kill or a power cut half way leaves no part of it under its name."""
     trash = path.with_name(f".{path.name}.trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
+    weights.sync(path.parent)
     shutil.rmtree(trash)

@@ -9,10 +9,10 @@ import torch
 
 from deltune import dist
 from deltune.engines.engine import Engine
-from deltune.errors import CheckpointError
+from deltune.errors import CheckpointError, NumericsError
 from deltune.optim.build import load_optimizer_state, optimizer_state
-from deltune.train import randomness
-from deltune.train.checkpoints import CheckpointStore, Snapshot
+from deltune.training import randomness
+from deltune.training.checkpoints import CheckpointStore, Snapshot
 
 
 def moving_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -51,10 +51,9 @@ class Saver:
     def save(
         self, step: int, progress: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         engine: Engine, loader: Any, *, best_step: int | None,
-    ) -> Path | None:
-        """Write the checkpoint of a step; None if this process has done so already."""
-        if step == self.last_saved:
-            return None
+    ) -> Path:
+        """Write the checkpoint of a step. NumericsError if a trained weight is not finite: that is nothing to go on from."""
+        self._check_finite(step, model)
         rng_tensors, rng_plain = randomness.capture()
         mine = {"rng_tensors": rng_tensors, "rng": rng_plain, "loader": loader.state()}
         everyone = dist.gather_objects(mine)
@@ -75,14 +74,32 @@ class Saver:
         self.last_saved = step
         return path
 
+    def _check_finite(self, step: int, model: torch.nn.Module) -> None:
+        trained = (pair for pair in model.named_parameters() if pair[1].requires_grad)
+        bad = next((name for name, p in trained if not torch.isfinite(p.detach()).all()), None)
+        everyone = [name for name in dist.gather_objects(bad) if name is not None]
+        if everyone:
+            raise NumericsError(
+                f"step {step}: its update made the weight {everyone[0]} infinite or not a number, so it is not saved. "
+                f"The last checkpoint in {self.store.folder} stands; lower optim.lr or set optim.max_grad_norm."
+            )
+
     def load_newest(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, engine: Engine, loader: Any
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Put the newest whole checkpoint's state back. (its progress or None, messages on damaged ones)."""
+        """Put the newest whole checkpoint's state back. (its progress or None without one, messages on damaged ones).
+
+        CheckpointError if there are checkpoints and none is whole: to start over in silence would give up the work.
+        """
 
         def find() -> tuple[int | None, list[str]]:
             self.store.clean()
             snapshot, complaints = self.store.newest()
+            if snapshot is None and complaints:
+                raise CheckpointError(
+                    f"{self.store.folder}: no checkpoint is whole: {'; '.join(complaints)}. They are left as they are. What fits: "
+                    "put a copy back, or remove that folder to begin again, or name=... for another run."
+                )
             return (None if snapshot is None else snapshot.step), complaints
 
         step, complaints = dist.on_main(find)

@@ -16,7 +16,7 @@ import torch
 
 from deltune import weights
 from deltune.errors import CheckpointError
-from deltune.train import storage
+from deltune.training import storage
 
 NAME = re.compile(r"step-(\d{8,})")
 PARTS = ("trainable", "optimizer", "rng")
@@ -64,7 +64,7 @@ class CheckpointStore:
             storage.write_json(folder / "state.json", snapshot.state)
 
         size = sum(t.numel() * t.element_size() for part in snapshot.tensors.values() for t in part.values())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(self.folder)
         storage.write_folder(path, fill, {"step": snapshot.step}, num_bytes=size)
         self._verified.add(snapshot.step)
         self.rotate(best_step)
@@ -85,6 +85,7 @@ class CheckpointStore:
             try:
                 return self.load(step), complaints
             except CheckpointError as error:
+                self._verified.discard(step)
                 complaints.append(str(error))
         return None, complaints
 
