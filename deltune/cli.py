@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from deltune.errors import ConfigError, DeltuneError
+from deltune.errors import ConfigError, DeltuneError, Interrupted
 
 # verb -> (what it does, class of its settings in deltune.settings; None where it takes plain words)
 VERBS: dict[str, tuple[str, str | None]] = {
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except DeltuneError as error:
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        print(f"deltune{f' [rank {rank}]' if world != '1' else ''}: {error}", file=sys.stderr)
+        if rank == "0" or not isinstance(error, Interrupted):  # all ranks are interrupted at one step: one says so
+            print(f"deltune{f' [rank {rank}]' if world != '1' else ''}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("deltune: interrupted", file=sys.stderr)

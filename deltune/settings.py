@@ -327,14 +327,33 @@ class InitSettings:
 
 
 def load(cls: type[S], words: Sequence[str] = (), file: str | Path | None = None, *, mapping: Mapping[str, Any] | None = None) -> S:
-    """The settings of a verb from command-line words over a YAML file or a mapping. ConfigError lists all that is wrong."""
+    """The settings of a verb from command-line words over a YAML file or a mapping. ConfigError lists all that is wrong.
+
+    For PreviewSettings file and preset are those of a training run, of which model and data are taken.
+    """
     from deltune.config.check import build
     from deltune.config.compose import compose
 
+    run = None
+    if cls is PreviewSettings and mapping is None:
+        presets = [word for word in words if word.startswith("preset=")]
+        if file is not None or presets:
+            run = load_run(presets, file)
+        words, file = [word for word in words if word not in presets], None
     stated, origins = compose(cls, words, file=None if file is None else Path(file), mapping=mapping, presets=cls is Run)
+    if run is not None:
+        _lay_under(stated, origins, {"model": asdict(run.model), "data": asdict(run.data)}, "the run's config")
     if issubclass(cls, Trained):
         _fill_from_run(cls, stated, origins)
     return build(cls, stated, origins)
+
+
+def _lay_under(stated: dict[str, Any], origins: dict[tuple[str, ...], str], sections: Mapping[str, dict[str, Any]], label: str) -> None:
+    """Add what is not stated of some sections."""
+    for name, values in sections.items():
+        stated[name] = values | stated.get(name, {})
+        for key in values:
+            origins.setdefault((name, key), label)
 
 
 def load_run(words: Sequence[str] = (), file: str | Path | None = None) -> Run:
@@ -386,10 +405,7 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
         taken["data"] = asdict(run.data)
         if "eval" in stated.get("data", {}):
             taken["data"]["eval_size"] = 0.0
-    for section_name, values in taken.items():
-        stated[section_name] = values | stated.get(section_name, {})
-        for key in values:
-            origins.setdefault((section_name, key), label)
+    _lay_under(stated, origins, taken, label)
     if issubclass(cls, Generation):
         for key in ("template", "system", "meta_prompt", "prefix", "postfix"):
             stated.setdefault(key, getattr(run.data, key))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import subprocess
 import sys
 
@@ -214,6 +216,37 @@ def test_a_config_of_python_values_is_checked_as_a_file_is():
     assert run_from(["train.steps=5"]) == run_from({"train": {"steps": 5}})
     with pytest.raises(ConfigError, match=r"adapter.rank=0 \(Python\): must be above 0"):
         run_from({"adapter": {"rank": 0}})
+
+
+PIECES = [
+    "", "null", "1", "-1", "1e-4", "[", "]", "[a,b]", "{a: b}", "{", "a,b", "${x}", "${optim.lr}", "\\${x}", "'x'", '"', "'", "true", "1e999", "nan",
+    "[[1],{a: [1]}]", "x" * 300, "\0", "\ud800", "é", "glob(*)", "range(1,3)", "int(x)", "{path: x}", "[{path: 1}]", "{name: cosine}", "linear", "lora",
+    "quiet", "=", "\\", "(", ")", "1:2", "sort(3,1)", "tag(x,1)", "{1: 2, a: [1, {b: 1}]}", "[null]", "&a", "*a", "!!python/name:os.system",
+]  # fmt: skip
+
+
+def test_no_words_end_in_a_crash():
+    rng = random.Random(2)
+    keys = [key.dotted for key in walk(Run)]
+    keys += [part for key in keys for part in key.split(".")] + ["preset", "x", "a.b.c", "data.train.0", "", "_target_", "hydra.run.dir", "m@x", "d/x", "a b"]
+    refusals = 0
+    for _ in range(250):
+        words = [rng.choice(keys) + rng.choice(["=", "=", "=", ".x=", ""]) + rng.choice(PIECES) + rng.choice(["", "", *PIECES]) for _ in range(rng.randint(1, 3))]
+        try:
+            load(Run, words)
+        except ConfigError:
+            refusals += 1
+    assert refusals > 200
+
+
+def test_no_values_from_python_end_in_a_crash():
+    rng = random.Random(4)
+    keys = [key.dotted for key in walk(Run)] + ["model", "data", "adapter", "optim", "log", "preset", "x", "", 1, None]
+    odd = [None, 1, -1, 0.5, True, "", "x", "linear", "${x}", "\ud800", float("nan"), 10**400, b"x", object(), {1, 2}, Run(), complex(1, 2), (1, 2), {}, [], [{}]]
+    for _ in range(250):
+        values = {rng.choice(keys): rng.choice([rng.choice(odd), [rng.choice(odd)], {rng.choice(["path", "name", "a", 1]): rng.choice(odd)}]) for _ in range(2)}
+        with contextlib.suppress(ConfigError):
+            run_from(values)
 
 
 def test_composing_needs_neither_model_libraries_nor_files_of_the_user(tmp_path):

@@ -269,6 +269,16 @@ def test_faults_in_a_runs_config_name_its_file(finished):
     assert f"{config}:" in refused(ChatSettings, f"run={folder}")
 
 
+def test_a_preview_takes_model_and_data_of_a_training_config(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("model: ./base\nseed: 7\nlr: 1e-3\ndata: {train: a.jsonl, max_length: 50}\nadapter: {rank: 3}\n")
+    found = load(PreviewSettings, ["rows=5", "data.max_length=60"], file)
+    assert (found.model.path, found.data.train, found.data.max_length, found.data.seed, found.rows) == ("./base", ["a.jsonl"], 60, 42, 5)
+    assert load(PreviewSettings, ["preset=demo"]).data == load_run(["preset=demo"]).data
+    file.write_text("adaptr: {rank: 3}\n")
+    assert "adaptr.rank=3 (" in refused(PreviewSettings, file=file)
+
+
 # -- every class ------------------------------------------------------------------------------------------------
 
 
