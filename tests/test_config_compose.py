@@ -143,6 +143,7 @@ def test_a_key_given_twice_in_one_layer_is_refused(file):
     assert "given twice; first as 0.1 (command line)" in refused(["lr=0.1", "optim.lr=0.2"])
     assert "given twice" in refused([], file("lr: 1\noptim: {lr: 2}"))
     assert "given twice" in refused(["log=quiet", "log=quiet"])
+    assert "given twice; first as linear (schedule=linear, command line)" in refused(["schedule=linear", "schedule.name=cosine"])
     assert "given twice" in refused(["adapter=null", "adapter=null"])
 
 

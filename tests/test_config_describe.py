@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from deltune.commands.list import config_page, schema_page
 from deltune.config import describe
 from deltune.config.fields import walk
+from deltune.config.words import expand_sweep
 from deltune.settings import (
     ChatSettings,
     EvalSettings,
@@ -53,15 +56,23 @@ def test_help_of_a_verb_narrowed_to_a_method_shows_its_own_keys():
     assert "adapter.rank" not in describe.help_text(Run, {}, {}, 100)
 
 
-def test_the_configs_on_the_page_compose(tmp_path):
+def test_the_configs_on_the_page_compose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```yaml\n(.*?)```", config_page(), re.DOTALL)
     assert blocks
     for block in blocks:
-        file = tmp_path / "my.yaml"
+        file = Path("my.yaml")
         file.write_text(block, encoding="utf-8")
         run = load_run([], file)
         assert run.eval.micro_batch == run.train.micro_batch == 4
         assert run.train.epochs == 2 and run.optim.lr == 1e-4 and run.adapter.rank == 16
+
+
+    commands = [shlex.split(line, comments=True)[2:] for line in re.findall(r"^deltune train .*$", config_page(), re.MULTILINE)]
+    assert [len(expand_sweep([word for word in words if "=" in word])) for words in commands] == [1, 6]
+    for words in commands:
+        for combination in expand_sweep([word for word in words if "=" in word]):
+            assert load_run(combination, Path("my.yaml")).train.epochs == 2
 
 
 def conforms(schema: dict, value) -> bool:

@@ -45,14 +45,20 @@ train.micro_batch: 4
 eval.micro_batch: ${train.micro_batch}   # the value of another key
 ```
 
-On the command line the same keys are words: `deltune train my.yaml lr=2e-4 adapter=null data.fields={output: reply}`.
+On the command line the same keys are words:
+
+```sh
+deltune train my.yaml lr=2e-4 adapter=null 'data.fields={output: reply}'
+deltune train my.yaml -m lr=1e-4,2e-4 'seed=range(1,4)'    # a sweep: a run for each combination
+```
+
 Words follow [Hydra's override grammar](https://hydra.cc/docs/advanced/override_grammar/basic/): lists are `[a,b]`,
 mappings `{a: b}`, `null` is nothing. Text needs no quotes beyond the shell's, except in lists and mappings, where signs
-and letters beyond ASCII do. `-m` runs a sweep: `deltune train my.yaml -m lr=1e-4,2e-4 seed=range(1,4)`.
+and letters beyond ASCII do.
 
 Choosing another option of a section (`schedule=wsd` over a file with `cosine`) leaves out, with a warning, keys of the
 lower layer that the new option does not have. `preset=NAME` lies under everything else. A run's own `config.yaml`
-states every key and reruns it. Files hold plain values only: no aliases, no environment, nothing that runs.
+states every key and reruns it. `deltune preview` takes a training config as well. Files hold plain values only: no aliases, no environment, nothing that runs.
 """
 
 VERBS_OF_PAGE = (

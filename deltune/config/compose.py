@@ -28,7 +28,7 @@ COMMAND_LINE = "command line"
 PYTHON = "Python"
 PRESET = ("preset",)
 
-Path_ = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 class Stated(NamedTuple):
@@ -38,7 +38,7 @@ class Stated(NamedTuple):
     origin: str
 
 
-Layer = dict[Path_, Stated]
+Layer = dict[KeyPath, Stated]
 
 
 def options(group: str) -> list[str]:
@@ -49,7 +49,7 @@ def options(group: str) -> list[str]:
 def compose(
     root: type, words: Sequence[str] = (), *, file: Path | None = None, mapping: Mapping[str, Any] | None = None,
     presets: bool = False,
-) -> tuple[dict[str, Any], dict[Path_, str]]:
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """What words state for a dataclass, over a YAML file or a mapping from Python, over a preset.
 
     Returns nested plain values for `check.build`, and the origin of each by its path of keys. `presets` allows
@@ -59,7 +59,7 @@ def compose(
     composer = _Composer(root, presets)
     layers = []
     if mapping is not None:
-        layers.append(composer.layer([(*split(key), Stated(references.escaped(value), PYTHON)) for key, value in mapping.items()]))
+        layers.append(composer.layer([(path_of(key), Stated(references.escaped(value), PYTHON)) for key, value in mapping.items()]))
     if file is not None:
         layers.append(composer.file_layer(file))
     layers.append(composer.word_layer(words))
@@ -84,15 +84,15 @@ class _Composer:
         self.fields = {field.name: field for field in dataclasses.fields(root)}
         self.problems: list[str] = []
 
-    def problem(self, path: Path_, stated: Stated, text: str) -> None:
+    def problem(self, path: KeyPath, stated: Stated, text: str) -> None:
         self.problems.append(f"{'.'.join(path)}={shown(stated.value)} ({stated.origin}): {text}")
 
     # -- what the root has ----------------------------------------------------------------------------------------
 
     @cached_property
-    def keys(self) -> dict[Path_, list[Key]]:
+    def keys(self) -> dict[KeyPath, list[Key]]:
         """Every key by its path; several where options of a section share it."""
-        found: dict[Path_, list[Key]] = {}
+        found: dict[KeyPath, list[Key]] = {}
         for key in walk(self.root):
             found.setdefault(key.path, []).append(key)
         return found
@@ -103,7 +103,7 @@ class _Composer:
     def table(self, name: str) -> Choice | None:
         return self.fields[name].metadata.get("table")
 
-    def full(self, path: Path_) -> Path_:
+    def full(self, path: KeyPath) -> KeyPath:
         """A path as the root has it. A short key (`lr`) is completed where only one section has it; the rest of a path
         that leads into a mapping is one name (`optim.lr_scales.layers.0.*`)."""
         if path == PRESET or (len(path) == 1 and path[0] in self.fields):
@@ -118,10 +118,10 @@ class _Composer:
                 return (*path[:end], ".".join(path[end:]))
         return path
 
-    def is_mapping(self, path: Path_) -> bool:
+    def is_mapping(self, path: KeyPath) -> bool:
         return path in self.keys and any(typing.get_origin(kind) is dict for kind in members(self.keys[path][0].hint))
 
-    def hint(self, path: Path_) -> Any:
+    def hint(self, path: KeyPath) -> Any:
         """The type of a key's value, for reading a word; None where the key is unknown."""
         path = self.full(path)
         if path == PRESET:
@@ -141,7 +141,7 @@ class _Composer:
             if self.is_section(key) and isinstance(value, Mapping):
                 entries += [((key, inner), Stated(item, f"{file}:{lines[key, inner]}")) for inner, item in value.items()]
             else:
-                entries.append((*split(key), Stated(value, f"{file}:{lines[key,]}")))
+                entries.append((path_of(key), Stated(value, f"{file}:{lines[key,]}")))
         return self.layer(entries)
 
     def word_layer(self, words: Sequence[str]) -> Layer:
@@ -155,7 +155,7 @@ class _Composer:
                 entries.append((word.path, Stated(word.value, COMMAND_LINE)))
         return self.layer(entries)
 
-    def layer(self, entries: Sequence[tuple[Path_, Stated]]) -> Layer:
+    def layer(self, entries: Sequence[tuple[KeyPath, Stated]]) -> Layer:
         """Entries by full paths, down to single keys, over what the chosen group options state."""
         given: Layer = {}
         groups: dict[str, Stated] = {}
@@ -168,9 +168,14 @@ class _Composer:
                     groups[key[0]] = item
                 else:
                     given[key] = item
-        return self.grouped(groups) | given
+        grouped = self.grouped(groups)
+        for key in grouped.keys() & given.keys():
+            table = self.table(key[0])
+            if table is not None and key[1] == table.key and grouped[key].value != given[key].value:
+                self.problem(key, given[key], f"is given twice; first as {shown(grouped[key].value)} ({grouped[key].origin})")
+        return grouped | given
 
-    def spread(self, path: Path_, stated: Stated) -> Iterator[tuple[Path_, Stated]]:
+    def spread(self, path: KeyPath, stated: Stated) -> Iterator[tuple[KeyPath, Stated]]:
         """A value for a whole section as its keys, its primary key, or itself where it is null or a group option."""
         value = stated.value
         if len(path) > 1 or not self.is_section(path[0]):
@@ -214,13 +219,13 @@ class _Composer:
 
     # -- layers over each other -----------------------------------------------------------------------------------
 
-    def finish(self, layers: list[Layer]) -> tuple[dict[str, Any], dict[Path_, str]]:
+    def finish(self, layers: list[Layer]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         self.stop_at_problems()
         chosen = [layer.pop(PRESET) for layer in layers if PRESET in layer]
         if chosen:
             name, origin = chosen[-1]
             content = hydra_compose([f"+preset={name}"])
-            layers.insert(0, self.layer([(split(key)[0], Stated(value, f"preset={name}, {origin}")) for key, value in content.items()]))
+            layers.insert(0, self.layer([(path_of(key), Stated(value, f"preset={name}, {origin}")) for key, value in content.items()]))
         state: Layer = {}
         for layer in layers:
             self.lay(state, layer)
@@ -288,7 +293,7 @@ class _Composer:
 
     def look_up(self, name: str, state: Layer) -> Any:
         """The value that a reference names: what is stated for the key, or its default. ConfigError if there is none."""
-        path = self.full(tuple(name.split(".")))
+        path = self.full(path_of(name))
         if path in state:
             return state[path].value
         if path not in self.keys:
@@ -304,6 +309,6 @@ class _Composer:
         return references.escaped(default)
 
 
-def split(key: str) -> tuple[Path_]:
-    """A dotted key of a mapping as the one-tuple of its path."""
-    return (tuple(str(key).split(".")),)
+def path_of(key: Any) -> KeyPath:
+    """The path that a dotted key of a mapping means."""
+    return tuple(str(key).split("."))
