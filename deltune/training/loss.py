@@ -1,6 +1,6 @@
 """The loss: summed cross-entropy over the trained tokens; whoever sums micro-batches and ranks divides by their count.
 
-Shapes: input_ids, labels [batch, seq]; logits [batch, kept, vocab]. The label of position t is the token at t + 1.
+Shapes: input_ids, labels [batch, seq]; logits [.., vocab]. The label of position t is the token at t + 1.
 """
 
 from __future__ import annotations
@@ -24,22 +24,30 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 
 def causal_lm_logits(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [batch, kept, vocab], targets [batch, kept]) at the positions where any row of the batch is trained.
+    """(logits [1, trained, vocab], targets [1, trained]), or of all positions [batch, seq - 1, ...] where that cannot be.
 
-    The output head is by far the widest layer, so models that can leave out positions (`logits_to_keep`) are asked
-    for the trained ones only; the kept numbers are the same.
+    The output head is by far the widest layer, so only the positions whose next token is trained enter it: prompts
+    and padding do not. Each kept row is computed as before, whatever the model does to its logits afterwards.
     """
     targets = batch.labels[:, 1:]
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if not takes_logits_to_keep(model):
-        return model(**inputs, use_cache=False).logits[:, :-1], targets
-    kept = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-    return logits, targets[:, kept]
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    head = output_head(model)
+    if head is None:
+        return model(**inputs).logits[:, :-1], targets
+    kept = torch.nn.functional.pad(targets != IGNORE, (0, 1))  # the last position predicts nothing
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:]))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits, targets[kept[:, :-1]].unsqueeze(0)
 
 
-def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The layer from hidden states to logits, if the model applies it to a choice of positions (`logits_to_keep`)."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    return model.get_output_embeddings()
 
 
 def causal_lm_step(model: torch.nn.Module, batch: Any) -> torch.Tensor:
