@@ -65,7 +65,7 @@ def detect(rows: Iterable[Any], *, format: str, fields: Mapping[str, str], mode:
         raise DataError(f"{name}: {_unknown(seen[0], candidates)}")
     if len(found) > 1:
         shapes = "; ".join(f"{schema.describe()} first in row {index + 1}" for schema, index in found)
-        raise DataError(f"{name}: rows have different formats: {shapes}. Name one with data.format, or split the data into sources")
+        raise DataError(f"{name}: rows have different formats: {shapes}. Name one with data.format or data.fields, or make a source of each")
     schema = found[0][0]
     for role, column in fields.items():
         if not any(column in row for row in seen):

@@ -190,13 +190,15 @@ def _dataset(
             parts.append(part)
             log.write([(file, r) for r in part.rejects])
         groups.append(Group(source.report.name, start, sum(map(len, parts)), source.report.weight))
+    unused = total.rejected + total.overlong
+    first = [f"{p.file.where(r.number)}: {r.reason}" for p in parts for r in p.rejects[:SHOWN]][:SHOWN]
+    shown = f"{unused} of {total.rows} rows are not used" + (", the first of them:\n  " + "\n  ".join(first) if first else "")
     if not total.trained_tokens:
-        raise DataError(f"{name}: no token would be trained ({total.rows} rows: {total.rejected} rejected, {total.overlong} over the limits)")
+        raise DataError(f"{name}: no token would be trained; {shown}")
     for note, num_rows in total.notes.items():
         logger.warning("%s: %s (%d rows)", name, note, num_rows)
-    if total.rejected or total.overlong:
-        first = [f"{p.file.where(r.number)}: {r.reason}" for p in parts for r in p.rejects[:SHOWN]][:SHOWN]
-        logger.warning("%s: %d of %d rows are not used, the first of them:\n  %s", name, total.rejected + total.overlong, total.rows, "\n  ".join(first))
+    if unused:
+        logger.warning("%s: %s", name, shown)
     return Dataset(parts, groups), DataReport(total, [s.report for s in sources])
 
 
