@@ -209,6 +209,22 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(template, format)
     assert PromptWriter(settings, tokenizer).conversation(Conversation(turns), format) == row.ids[:start].tolist()
 
 
+@pytest.mark.parametrize("with_template", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_render_prompt_writes_what_training_writes_by_default(with_template, bos):
+    """The model's own room cannot see the data's; this holds the two together."""
+    tokenizer = tiny_tokenizer() if with_template else tiny_tokenizer(None)
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    writer = PromptWriter(load(GenerateSettings, mapping={"prompt": "x"}), tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for messages in (turns[:1], turns, [{"role": "system", "content": "S"}, *turns]):
+        assert render_prompt(tokenizer, messages) == writer.messages(messages)
+    assert render_prompt(tokenizer, "a").count(256) == int(bos or with_template)
+
+
 def test_a_run_without_chat_template_is_asked_in_the_frame_it_was_trained_in(tmp_path):
     tokenizer = tiny_tokenizer(chat_template=None)
     (tmp_path / "adapter").mkdir()

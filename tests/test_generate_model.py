@@ -12,6 +12,7 @@ from deltune.errors import ConfigError, ModelError, NumericsError
 from deltune.models.generation import (
     GenerateOptions,
     context_window,
+    end_of_turn,
     eos_ids,
     generate,
     nucleus,
@@ -82,6 +83,25 @@ def test_every_eos_of_the_folder_ends_an_answer():
     assert answer.stopped_by == "eos"
 
 
+def test_the_templates_end_of_turn_ends_an_answer():
+    """Base models of chat families name <|endoftext|> as EOS, and their template ends turns with <|im_end|>."""
+    tokenizer = tiny_tokenizer("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") == 259
+    assert eos_ids(tiny_model(), tokenizer) == {257, 259}
+    assert end_of_turn(tiny_tokenizer()) == 257
+    for template in (None, "{% for m in messages %}{{ m.content }}. {% endfor %}", "{{ raise_exception('no') }}"):
+        assert end_of_turn(tiny_tokenizer(template)) is None
+    model = chatty()
+    free = generate(model, TOKENIZER, [PROMPTS[0]], GenerateOptions(max_new_tokens=12))[0]
+    place = max(range(len(free.ids)), key=lambda i: free.ids.index(free.ids[i]))  # the last token that is new
+    with torch.no_grad():  # in its place the model now says the end of turn
+        model.lm_head.weight[259], model.lm_head.weight[free.ids[place]] = model.lm_head.weight[free.ids[place]].clone(), 0.0
+    answer = generate(model, tokenizer, [PROMPTS[0]], GenerateOptions(max_new_tokens=12))[0]
+    assert (answer.ids, answer.stopped_by) == ([*free.ids[:place], 259], "eos")
+    assert place > 1
+
+
 def test_the_folders_generation_config_draws_nothing():
     """Published folders carry do_sample, temperature and penalties; what is asked for here is what happens."""
     model = chatty()
@@ -139,28 +159,24 @@ def test_a_stream_computes_in_the_precision_around_it():
 
 
 def test_a_closed_stream_ends_at_the_next_token():
-    """Once a piece was read the model is held in its next call, until the reader has gone."""
-    model = chatty()
-    model.generation_config.eos_token_id = None
-    held, calls_after, piece_read, reader_gone = [], [], threading.Event(), threading.Event()
+    """A model that says "a" for ever is held in its third call until the reader has gone."""
+    model, calls, reader_gone = tiny_model(), [], threading.Event()
 
-    def hold(*_):
-        if held:
-            calls_after.append(1)
-        elif piece_read.is_set():
-            held.append(1)
+    def say_a(module, inputs, output):
+        calls.append(1)
+        if len(calls) == 3:
             reader_gone.wait(60)
+        output.logits[..., TOKENIZER.convert_tokens_to_ids("a")] = 1e4
 
-    hook = model.register_forward_hook(hold)
-    pieces = stream(model, tiny_tokenizer(), [5], GenerateOptions(max_new_tokens=500))
-    next(pieces)
-    piece_read.set()
+    hook = model.register_forward_hook(say_a)
+    pieces = stream(model, TOKENIZER, [5], GenerateOptions(max_new_tokens=500))
+    assert next(pieces) == "a"
     timer = threading.Timer(0.5, reader_gone.set)  # close() waits for the model, so another thread must let it go
     timer.start()
     pieces.close()
     timer.join()
     hook.remove()
-    assert held and len(calls_after) < 20
+    assert 3 <= len(calls) < 20
 
 
 def test_a_fault_in_the_model_arrives_where_the_stream_is_read():
@@ -325,7 +341,9 @@ def test_rendered_prompts_are_the_beginning_of_the_rendered_conversation():
 def test_prompts_without_chat_template_are_plain_text():
     tokenizer = tiny_tokenizer(chat_template=None)
     assert render_prompt(tokenizer, "a") == tokenizer("a")["input_ids"]
-    assert tokenizer.decode(render_prompt(tokenizer, "a", "S")) == "S\na"
+    assert tokenizer.decode(render_prompt(tokenizer, "a", "S")) == "S\n\na"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert tokenizer.decode(render_prompt(tokenizer, turns)) == "ab</s>c"
 
 
 def test_a_template_that_refuses_is_the_users_message():

@@ -194,6 +194,16 @@ def test_offline_and_not_in_the_cache_is_one_clear_message(monkeypatch, tmp_path
         assert len(text.splitlines()) == 1
 
 
+def test_what_the_hub_says_is_passed_on(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("401 Client Error.\nAccess to model acme/gated is restricted.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    text = refusal(lambda: load(ModelConfig(path="acme/gated")), "not a folder", "the hub did not give it", "401 Client Error.")
+    assert "HF_HUB_OFFLINE" not in text
+
+
 def test_the_hubs_cache_is_used_offline(monkeypatch, tmp_path, tiny_folder):
     """The cache's layout: snapshots hold links into blobs, beside the folder."""
     commit = "0123456789abcdef0123456789abcdef01234567"

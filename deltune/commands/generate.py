@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4  # batches that are sorted by length together; answers are written in the order of the file
 SECONDS_BETWEEN_LINES = 10.0
-# settings that do not change what is answered
+# settings that do not change what is answered; of the engine, the precision does
 FREE = ("run", "out", "batch", "engine")
 
 
@@ -167,14 +167,16 @@ def _check_same(out: Path, record: Path, identity: dict[str, Any]) -> None:
         before = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
         raise ConfigError(f"out={out}: {record.name} is not JSON. {remedy}") from None
-    changed = [
-        f"{key} was {before.get('settings', {}).get(key)!r} and is {value!r}"
-        for key, value in identity["settings"].items()
-        if key not in FREE and before.get("settings", {}).get(key) != value
-    ]
+    old, new = (_deciding(one.get("settings", {})) for one in (before, identity))
+    changed = [f"{key} was {old.get(key)!r} and is {value!r}" for key, value in new.items() if old.get(key) != value]
     changed += [f"other {part}" for part in ("model", "adapter", "files") if before.get(part) != identity[part]]
     if changed:
         raise ConfigError(f"out={out}: holds answers that were made otherwise: {'; '.join(changed)}. {remedy}")
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key not in FREE}
+    return kept | {"engine.precision": settings.get("engine", {}).get("precision")}
 
 
 def _answered(out: Path, rows: set[str]) -> set[str]:

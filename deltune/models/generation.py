@@ -170,18 +170,17 @@ def undisturbed_random(model: torch.nn.Module) -> Iterator[None]:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] | str, system: str | None = None
 ) -> list[int]:
-    """Token ids of a conversation up to where the answer begins.
+    """Token ids of a conversation up to where the answer begins, as training data is written by default.
 
-    A str is one user message. With a chat template it is rendered by it, generation prompt included; without one the
-    contents follow each other as plain text, after the tokenizer's own BOS if it sets one.
+    A str is one user message. With a chat template it is rendered by it, generation prompt included. Without one it
+    is plain text: the tokenizer's own BOS, system text and a blank line, then the turns, an answer with its EOS.
+    Raises ModelError if the template refuses the conversation.
     """
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system is not None and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     if tokenizer.chat_template is None:
-        ids = tokenizer("\n".join(str(message["content"]) for message in messages))["input_ids"]
-        # some tokenizers end every text with EOS, after which nothing is left to answer
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return _plain_prompt(tokenizer, messages)
     import jinja2
 
     try:
@@ -192,6 +191,22 @@ def render_prompt(
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS itself
 
 
+def _plain_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Each turn is tokenised by itself, as in training: so a prompt has the same tokens whatever follows it."""
+    ids, text = [], ""
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        ids.append(tokenizer.bos_token_id)
+    for message in messages:
+        text += message["content"]
+        if message["role"] == "system":
+            text += "\n\n"
+            continue
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += [tokenizer.eos_token_id] if message["role"] == "assistant" else []
+        text = ""
+    return ids
+
+
 def context_window(model: PreTrainedModel) -> int | None:
     """Tokens of prompt and answer together that the model's config allows; None if it names no bound."""
     config = model.config.get_text_config()
@@ -199,10 +214,29 @@ def context_window(model: PreTrainedModel) -> int | None:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that ends an answer: the tokenizer's EOS and those of generation_config.json."""
+    """Every id that ends an answer: the tokenizer's EOS, those of generation_config.json, and the token with which the
+    chat template ends the assistant's turn, which in many base models is neither."""
     found = model.generation_config.eos_token_id
     ids = set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
-    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+    own = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+    return ids | own
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an assistant's words, if it does."""
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        return None
+    words = "AnswerEndsHere"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": words}], tokenize=False)
+    except jinja2.TemplateError:
+        return None  # a template for other conversations than this one
+    _, said, after = text.rpartition(words)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if said else []
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def _check_prompt(model: PreTrainedModel, ids: Sequence[int], number: int) -> None:

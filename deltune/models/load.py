@@ -159,8 +159,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         shown = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
         raise ModelError(f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found {shown}). What fits: model.tokenizer=<a folder with one>")
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"{key}={path}: the tokenizer does not load: {_cause(error)}") from None
     except Exception as error:
