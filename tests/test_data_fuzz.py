@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -60,26 +61,26 @@ def places(value, found=None):
 
 def mutate(good, rng: random.Random) -> bytes:
     """A line that is probably no good any more."""
-    row = json.loads(json.dumps(good))
+    row = deepcopy(good)
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         if not (spots := places(row)):
             break
         container, key = rng.choice(spots)
         action = rng.randrange(5)
         if action == 0:
-            container[key] = rng.choice(VALUES)
+            container[key] = deepcopy(rng.choice(VALUES))
         elif action == 1:
             del container[key]
         elif action == 2 and isinstance(container, dict):
             container[f"{key}x"] = container.pop(key)
         elif action == 3 and isinstance(container, list):
-            container.insert(key, json.loads(json.dumps(container[key])))
+            container.insert(key, deepcopy(container[key]))
             rng.shuffle(container)
         else:
             other, name = rng.choice(spots)
-            container[key] = json.loads(json.dumps(other.get(name) if isinstance(other, dict) else None))
+            container[key] = deepcopy(other.get(name)) if isinstance(other, dict) else None
     if rng.random() < 0.05:
-        row = rng.choice(VALUES)
+        row = deepcopy(rng.choice(VALUES))
     text = json.dumps(row, ensure_ascii=rng.random() < 0.5)
     action = rng.randrange(8)
     at = rng.randrange(len(text) + 1)

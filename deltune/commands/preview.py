@@ -121,9 +121,10 @@ def spans(example: Example, tokenizer: Any) -> list[Span]:
 
 
 def visible(text: str) -> str:
-    """Text with control characters written out, line feeds and tabs apart, and no half characters."""
-    kept = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return kept.encode("utf-8", "backslashreplace").decode()
+    """Text with control characters written out, line feeds and tabs apart."""
+    from deltune.data.read import printable
+
+    return printable(text, keep="\n\t")
 
 
 def histogram(data: Dataset, max_length: int) -> Iterator[list[Span]]:

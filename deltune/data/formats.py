@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltune.data.read import parse_line
+from deltune.data.read import parse_line, printable
 from deltune.errors import DataError
 
 
 class BadRow(DataError):
-    """A row that cannot be used; the message is the reason, without the place."""
+    """A row that cannot be used; the message is the reason in one line, without the place."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Schema:
 
 def keys_of(row: Any) -> str:
     """The keys of a row for a message, cut short."""
-    names = [str(k)[:40] for k in row][:12]
+    names = [printable(str(k)[:40]) for k in row][:12]
     return ", ".join(names) + (" ..." if len(row) > 12 else "") if names else "none"
 
 

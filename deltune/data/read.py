@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +128,15 @@ def _flaw_inside(value: Any, text: str, start: int, end: int) -> str:
                 return flaw
         layer, depth = inner, depth + 1
     return ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text for a terminal: control and direction characters, and line ends not in `keep`, are written out as escapes,
+    so that data cannot steer the terminal or forge lines of a message."""
+    if text.isascii() and text.isprintable():
+        return text
+    hidden = {c for c in set(text) if c not in keep and (unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp"))}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in hidden}) if hidden else text
 
 
 def text_flaw(text: str) -> str:
