@@ -125,6 +125,27 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat():
     assert len(chat.messages) == 4
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_sent_no_control_characters_and_the_record_keeps_them():
+    model = chatty()
+    code = TOKENIZER("\x1b")["input_ids"][0]
+
+    def say_it(module, inputs, output):
+        output.logits[..., code] = 1e4
+
+    model.register_forward_hook(say_it)
+    piped, typed = new_chat(model, max_new_tokens=3), new_chat(model, max_new_tokens=3)
+    typed.out = Terminal()
+    for chat in (piped, typed):
+        chat.run(iter(["hello"]))
+        assert chat.messages[1]["content"] == "\x1b" * 3
+    assert (piped.out.getvalue(), typed.out.getvalue()) == ("\x1b" * 3 + "\n", "\ufffd" * 3 + "\n")
+
+
 def test_numbers_that_break_end_the_program():
     model = chatty()
     with torch.no_grad():

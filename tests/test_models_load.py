@@ -181,9 +181,10 @@ def test_not_a_folder(tmp_path):
 def test_an_adapter_or_run_folder_says_what_was_meant(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
-    refusal(lambda: load(ModelConfig(path=str(tmp_path / "adapter"))), "model.path=acme/base adapter=")
     (tmp_path / "config.yaml").write_text("")
-    refusal(lambda: load(ModelConfig(path=str(tmp_path))), "folder of a run", str(tmp_path / "adapter"))
+    for action in (load, load_tokenizer, empty):
+        refusal(lambda action=action: action(ModelConfig(path=str(tmp_path / "adapter"))), "model.path=acme/base adapter=")
+        refusal(lambda action=action: action(ModelConfig(path=str(tmp_path))), "folder of a run", str(tmp_path / "adapter"))
 
 
 def test_offline_and_not_in_the_cache_is_one_clear_message(monkeypatch, tmp_path):

@@ -156,6 +156,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     key, path = ("model.tokenizer", config.tokenizer) if config.tokenizer else ("model.path", config.path)
     folder = folders.find(path, None if config.tokenizer else config.revision, key=key, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if config.tokenizer is None and not (folder / "config.json").is_file():
+            raise folders.missing_config(folder, f"{key}={path}")
         shown = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
         raise ModelError(f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found {shown}). What fits: model.tokenizer=<a folder with one>")
     try:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # {"role", "content"} of each turn -> token ids up to where the answer begins
 Render = Callable[[list[dict[str, str]]], list[int]]
 
+# control characters but tab and line feed: a terminal would obey them, and answers may hold any
+HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
 HELP = """\
 /reset          forget the conversation, keep the system message
 /system TEXT    set the system message; without TEXT take it away
@@ -84,17 +87,19 @@ class Chat:
 
     def write_answer(self, ids: list[int]) -> str:
         """The answer's text, or as much of it as there was when Ctrl-C came."""
-        answer = ""
+        answer, stopped = "", False
         # the number of the turn makes draws differ from turn to turn, and a repeated conversation the same
         pieces = stream(self.model, self.tokenizer, ids, self.options, number=len(self.messages))
         try:
             with contextlib.closing(pieces):
                 for piece in pieces:
                     answer += piece
-                    print(piece, end="", file=self.out, flush=True)
+                    print(piece.translate(HARMLESS) if self.out.isatty() else piece, end="", file=self.out, flush=True)
         except KeyboardInterrupt:
-            self.note("\nstopped")
+            stopped = True
         print(file=self.out, flush=True)
+        if stopped:
+            self.note("stopped")
         return answer
 
     def fitting_prompt(self) -> list[int]:
