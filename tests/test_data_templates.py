@@ -191,6 +191,15 @@ def test_tool_calls_are_trained_and_their_results_are_not(tmp_path):
     assert encoded(tmp_path, tokenizer, openai, row={"tools": [{"type": "function", "function": TOOL}]}) == [text]
 
 
+def test_a_tokenizer_may_have_a_template_of_its_own_for_tools(tmp_path):
+    tokenizer = tokenizer_with({"default": CHATML_TAGGED, "tool_use": TOOLS})
+    assert encoded(tmp_path, tokenizer, TURNS) == [EXPECTED["chatml"][2]]
+    (text,) = encoded(tmp_path, tokenizer, TURNS, row={"tools": [TOOL]})
+    assert text.startswith("<|im_start|>system\nTools:") and text.endswith(EXPECTED["chatml"][2])
+    with pytest.raises(DataError, match=r"chat template cannot be used.*data\.template=plain"):
+        encoded(tmp_path, tokenizer_with({"rag": CHATML}), TURNS)
+
+
 def refused(tmp_path, jinja, messages, **settings):
     with pytest.raises(DataError) as error:
         encoded(tmp_path, tokenizer_with(jinja), messages, **settings)

@@ -94,7 +94,11 @@ def _store(folder: Path, name: str, build: Build) -> None:
         _fill(place, build)
         if (folder / name).exists():  # an entry that did not verify
             shutil.rmtree(folder / name)
-        os.rename(place, folder / name)
+        try:
+            os.rename(place, folder / name)
+        except OSError:
+            if not (folder / name).exists():  # else another process was faster, where locks do not work
+                raise
         _sync_folder(folder)
     finally:
         shutil.rmtree(place, ignore_errors=True)

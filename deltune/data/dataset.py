@@ -28,6 +28,11 @@ class Example(NamedTuple):
     row: str  # file:line, or file[index]
 
 
+def labels(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """int32 [seq]: the token itself where it is trained, else -100."""
+    return np.where(trained != 0, ids, np.int32(IGNORED)).astype(np.int32)
+
+
 class Reject(NamedTuple):
     """A row that was not used."""
 
@@ -90,8 +95,7 @@ class Part:
     def example(self, i: int) -> Example:
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         ids = np.array(self.ids[span], dtype=np.int32)
-        labels = np.where(self.trained[span] != 0, ids, np.int32(IGNORED)).astype(np.int32)
-        return Example(ids, labels, self.file.where(int(self.numbers[i])))
+        return Example(ids, labels(ids, self.trained[span]), self.file.where(int(self.numbers[i])))
 
 
 class PartWriter:

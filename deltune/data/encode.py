@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,13 @@ NO_END = "an answer does not end in a special token, so the model is not taught 
 SPECIALS = "the text itself holds special tokens, which become those tokens"
 CHANGES_DAILY = "the chat template writes today's date: the tokens change from day to day"
 DOCUMENT_SPLIT = "a text longer than data.max_length was split into several examples"
+
+
+# the settings that decide what tokens a row becomes, its schema and template apart
+ENCODING = (
+    "mode", "system", "meta_prompt", "prefix", "postfix", "max_length", "max_source_length", "max_target_length",
+    "overlong", "train_on_source",
+)  # fmt: skip
 
 
 class Overlong(BadRow):
@@ -111,7 +118,8 @@ class Encoder:
             if piece.whole:
                 trained = np.full(len(ids), bool(piece.spans))
             else:
-                trained = _covered(np.array(encoded["offset_mapping"][number]).reshape(-1, 2), piece.spans)
+                flat = chain.from_iterable(encoded["offset_mapping"][number])  # read flat: three times as fast as np.array
+                trained = _covered(np.fromiter(flat, np.int64, 2 * len(ids)).reshape(-1, 2), piece.spans)
             found.append((np.array(ids, dtype=np.int32), trained))
         return found
 

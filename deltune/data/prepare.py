@@ -16,7 +16,7 @@ from deltune.data import cache
 from deltune.data.config import DataConfig
 from deltune.data.dataset import Counts, Dataset, Part, PartWriter, Reject
 from deltune.data.detect import FIRST_ROWS, detect
-from deltune.data.encode import Encoder, tokenizer_digest
+from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
 from deltune.data.order import HELD_OUT, Group, Permutation, key
 from deltune.data.read import File, Record, read
@@ -26,11 +26,6 @@ from deltune.data.stream import Stream, StreamSource
 from deltune.errors import DataError
 from deltune.log import logger
 
-# the settings that decide what tokens a row becomes
-_ENCODING = (
-    "mode", "system", "meta_prompt", "prefix", "postfix", "max_length", "max_source_length", "max_target_length",
-    "overlong", "train_on_source",
-)  # fmt: skip
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -212,7 +207,7 @@ def _part(source: _Source, file: File, config: DataConfig, folder: Path | None, 
     if folder is not None:
         name = cache.key(
             content=digest(file), kind=file.kind, format=source.schema.format, columns=dict(source.schema.columns),
-            template=source.encoder.name, settings={s: getattr(config, s) for s in _ENCODING}, tokenizer=tokenizer_id,
+            template=source.encoder.name, settings={s: getattr(config, s) for s in ENCODING}, tokenizer=tokenizer_id,
             rows=limit,
         )  # fmt: skip
     part = cache.obtain(folder, name, file, build)

@@ -32,6 +32,8 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 
+_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 # what a template may raise on a row it was not made for; anything else is our own fault
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -155,8 +157,9 @@ class ChatTemplate:
     def __init__(self, config: DataConfig, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
         self.specials = dict(tokenizer.special_tokens_map)
+        # with and without tools: some tokenizers have a template for each
         self.source = {with_tools: self._template(with_tools) for with_tools in (False, True)}
-        self.has_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source[False]))
+        self.has_tags = {with_tools: bool(_TAG.search(text)) for with_tools, text in self.source.items()}
         if "date_string" in self.source[False]:
             # Llama 3's own default: the tokens must not change from one day to the next
             self.specials["date_string"] = "26 Jul 2024"
@@ -172,7 +175,7 @@ class ChatTemplate:
         return "strftime_now" in self.source[False] and "date_string" not in self.specials
 
     def render(self, conversation: Conversation, notes: set[str]) -> list[tuple[Piece, ...]]:
-        messages = self._messages(conversation)
+        messages, has_tags = self._messages(conversation), self.has_tags[bool(conversation.tools)]
         full, tags = self._text(messages, conversation.tools)
         answers = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         trained = [i for i in answers if conversation.messages[i].train]
@@ -180,23 +183,23 @@ class ChatTemplate:
             notes.add(ENDS_IN_PROMPT)
         _everything_shown(conversation, full)
         try:
-            turns = {i: self._turn(messages, conversation.tools, i, full, tags) for i in (answers if self.has_tags else trained)}
+            turns = {i: self._turn(messages, conversation.tools, i, full, tags) for i in (answers if has_tags else trained)}
         except _NoPrefix as e:
-            if not self.has_tags:
+            if not has_tags:
                 raise BadRow(f"{e}, and the template has no generation tags: the answers cannot be told from the prompts") from None
             notes.add(TAGS_ONLY)
             spans = _tagged_turns(full, tags, answers)
             return [self._example(conversation, full, {i: spans[i] for i in trained})]
         if all(full.startswith(text) for text, _, _ in turns.values()):
             spans = {i: span for i, (_, span, _) in turns.items()}
-            if self.has_tags:
+            if has_tags:
                 _must_agree(full, list(spans.values()), tags)
             return [self._example(conversation, full, {i: spans[i] for i in trained})]
         notes.add(SPLIT_TURNS)
         examples = []
         for i in trained:
             text, span, turn_tags = turns[i]
-            if self.has_tags:
+            if has_tags:
                 _must_agree(text, [span], [tag for tag in turn_tags if tag[1] > span[0]])
             examples.append(self._example(conversation, text, {i: span}))
         return examples
@@ -224,7 +227,7 @@ class ChatTemplate:
                 conversations=[list(messages)],
                 tools=list(tools) or None,
                 chat_template=self.source[bool(tools)],
-                return_assistant_tokens_mask=self.has_tags,
+                return_assistant_tokens_mask=self.has_tags[bool(tools)],
                 add_generation_prompt=ask,
                 **self.specials,
             )
@@ -234,7 +237,7 @@ class ChatTemplate:
             hint = "; this template takes no system message (drop data.system, or say it in data.meta_prompt)"
             about_system = "system" in str(e).lower() and messages and messages[0]["role"] == "system"
             raise BadRow(f"the chat template refuses the conversation: {e}{hint if about_system else ''}") from e
-        return texts[0], list(spans[0]) if self.has_tags else []
+        return texts[0], list(spans[0]) if spans else []
 
     def _turn(
         self, messages: list[dict[str, Any]], tools: Sequence[Any], i: int, full: str, full_tags: list[Span]

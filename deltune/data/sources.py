@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltune.data.config import Source
-from deltune.data.read import File, parse_line
+from deltune.data.read import File, open_hub, parse_line
 from deltune.errors import DataError
 from deltune.log import logger
 
@@ -35,8 +35,8 @@ class SourceFiles:
 
     @property
     def size(self) -> int:
-        """A measure of how much is in it, for mixing streams: bytes on disk; 1 for a hub data set."""
-        return sum(Path(f.path).stat().st_size for f in self.files if f.kind != "hub") or 1
+        """How much is in it, for mixing streams: bytes on disk, or as many thousand as a hub data set has rows."""
+        return sum(len(open_hub(f)) * 1000 if f.kind == "hub" else Path(f.path).stat().st_size for f in self.files)
 
 
 def resolve(sources: Sequence[str | Source], key: str) -> list[SourceFiles]:
@@ -164,8 +164,6 @@ def _json_kind(head: bytes, kind: str | None, text_wanted: bool) -> str | None:
 def digest(file: File) -> str:
     """sha256 of a file's bytes; of a hub data set, its library's fingerprint of the content."""
     if file.kind == "hub":
-        from deltune.data.read import open_hub
-
         return f"hub {open_hub(file)._fingerprint}"
     try:
         with open(file.path, "rb") as stream:

@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deltune.data.config import DataConfig
-from deltune.data.dataset import IGNORED, Counts, Example, Reject
-from deltune.data.encode import Encoder, tokenizer_digest
+from deltune.data.dataset import Counts, Example, Reject, labels
+from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
 from deltune.data.order import BLOCK, ROW, Permutation, key
 from deltune.data.read import Cursor, File, Record, read
@@ -25,6 +27,8 @@ from deltune.data.rows import RejectLog, count, outcomes, refusal, stops
 from deltune.data.sources import SourceFiles
 from deltune.errors import DataError
 from deltune.log import logger
+
+_READING = ("shuffle", "stream_block", "seed", "read_nums")  # the settings that decide which row comes when
 
 
 @dataclass
@@ -112,13 +116,14 @@ class Stream:
         self._mark: dict[str, Any] = self._here()
         self._said: set[str] = set()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the files' names and sizes, the settings and the tokenizer: contents are not read for it."""
-        what: list[Any] = [repr(self.config)]
+        what: list[Any] = [getattr(self.config, name) for name in (*ENCODING, *_READING)]
         for source in self.sources:
             what.append([source.schema.describe(), source.encoder.name, tokenizer_digest(source.encoder.tokenizer)])
-            what += [[f.path, f.kind, f.split] for f in source.files.files] + [source.files.size]
+            what += [[Path(f.path).name, f.kind, f.split] for f in source.files.files]
+            what += [source.files.size, source.files.source.weight]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def take(self, n: int) -> list[Example]:
@@ -232,8 +237,7 @@ class Stream:
             if outcome.reject:
                 rejects.append((file, outcome.reject))
             for e in outcome.examples:
-                labels = np.where(e.trained, e.ids, np.int32(IGNORED)).astype(np.int32)
-                examples.append(Example(e.ids, labels, file.where(outcome.number)))
+                examples.append(Example(e.ids, labels(e.ids, e.trained), file.where(outcome.number)))
         refused = [r for r in rejects if stops(r[1], self.config)]
         if refused:
             raise refusal(refused)
