@@ -81,6 +81,9 @@ def test_every_eos_of_the_folder_ends_an_answer():
     answer = generate(model, TOKENIZER, [PROMPTS[0]], GenerateOptions(max_new_tokens=12))[0]
     assert answer.ids == free.ids[: free.ids.index(last) + 1]
     assert answer.stopped_by == "eos"
+    model.generation_config.eos_token_id = ["x"]
+    with pytest.raises(ModelError, match="eos_token_id"):
+        generate(model, TOKENIZER, [PROMPTS[0]])
 
 
 def test_the_templates_end_of_turn_ends_an_answer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -290,6 +291,36 @@ def test_config_json_that_is_no_causal_model(folder, text, words):
     (folder / "config.json").write_text(text)
     for action in (load, empty):
         refusal(lambda action=action: action(ModelConfig(path=str(folder))), *words)
+
+
+def keys_of(value, path=()):
+    """Paths to every value of nested objects, vocabularies left out."""
+    for key in value:
+        if key != "vocab":
+            yield (*path, key)
+            if isinstance(value[key], dict):
+                yield from keys_of(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_any_wrong_value_in_a_folders_json_is_a_message(folder, name):
+    """Each loads all the same or is refused in words; nothing else is raised."""
+    draw, text, refused = random.Random(name), (folder / name).read_text(), 0
+    for _ in range(30):
+        values = json.loads(text)
+        *way, last = draw.choice(list(keys_of(values)))
+        inner = values
+        for key in way:
+            inner = inner[key]
+        inner[last] = draw.choice([None, -1, 0, 7, 3.5, "x", "", [], {}, True, [1], {"a": 1}])
+        (folder / name).write_text(json.dumps(values))
+        for action in (load, empty, load_tokenizer):
+            try:
+                action(ModelConfig(path=str(folder)))
+            except ModelError as error:
+                refused += 1
+                assert f"model.path={folder}: " in str(error)
+    assert refused > 0
 
 
 def test_attention_that_is_not_installed(tiny_folder):

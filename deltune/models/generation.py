@@ -215,11 +215,12 @@ def context_window(model: PreTrainedModel) -> int | None:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every id that ends an answer: the tokenizer's EOS, those of generation_config.json, and the token with which the
-    chat template ends the assistant's turn, which in many base models is neither."""
+    chat template ends the assistant's turn, which in many base models is neither. Raises ModelError for ids that are none."""
     found = model.generation_config.eos_token_id
     ids = set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
-    own = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
-    return ids | own
+    if not all(isinstance(i, int) for i in ids):
+        raise ModelError(f"generation_config.json: eos_token_id must be a token id or a list of them; found {found!r:.80}.")
+    return ids | {i for i in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -64,37 +64,33 @@ def read_config(folder: Path, where: str) -> PretrainedConfig:
     names = CAUSAL.get(model_type, ())
     names = (names,) if isinstance(names, str) else names
     stated = values.get("architectures") or []
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise ModelError(f"{where}: config.json: architectures must be a list of names; found {stated!r:.80}.")
     if not names or (stated and not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)):
         found = ", ".join(stated) or f"model_type {model_type!r}"
         raise ModelError(f"{where}: not a causal language model: config.json says {found}. " + (f"What fits: {', '.join(names)}." if names else "What fits: a decoder such as llama, qwen3, gpt2."))
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown method")
+    quantised = values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
         raise ModelError(f"{where}: the weights are stored quantised ({method}), which cannot be trained here. What fits: the unquantised model.")
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
+    with blamed(f"{where}: config.json does not describe a {model_type} model"):
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:  # a field of the wrong type, a shape that cannot be
-        raise ModelError(f"{where}: config.json does not describe a {model_type} model: {_cause(error)}") from None
 
 
 def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folders.weight_files(folder, where)
-    try:
-        with quiet_transformers():  # its report of the loaded names is read below instead
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=architecture,
-                dtype=_dtype(config.dtype),
-                attn_implementation=config.attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{where}: {_cause(error)}") from None
+    with blamed(f"{where}: the model does not load"), quiet_transformers():  # its report of the loaded names is read below
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=architecture,
+            dtype=_dtype(config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"], key=lambda item: item[0])[0]
         raise ModelError(f"{where}: {len(info['mismatched_keys'])} tensors have another shape than config.json says, first {name}: file {list(found)}, config {list(expected)}.")
@@ -112,7 +108,8 @@ def _draw(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
         torch.manual_seed(seed)
         model = _from_config(architecture, config, where)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with blamed(f"{where}: generation_config.json does not load"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -122,11 +119,8 @@ def _from_config(architecture: PretrainedConfig, config: ModelConfig, where: str
     dtype = _dtype(config.dtype)
     if dtype == "auto":  # what _read would find, or for a random start the type that loses nothing
         dtype = torch.float32 if config.start == "random" else architecture.dtype or torch.float32
-    try:
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"{where}: {_cause(error)}") from None
+    with blamed(f"{where}: no model can be made of config.json"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
 
 
 def _dtype(name: str) -> torch.dtype | str:
@@ -160,15 +154,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             raise folders.missing_config(folder, f"{key}={path}")
         shown = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
         raise ModelError(f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found {shown}). What fits: model.tokenizer=<a folder with one>")
-    try:
+    with blamed(f"{key}={path}: the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelError(f"{key}={path}: the tokenizer does not load: {_cause(error)}") from None
-    except Exception as error:
-        # the Rust library raises its parse errors as plain Exception; any other class is not the folder's fault
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"{key}={path}: tokenizer.json does not load: {_cause(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{key}={path}: the tokenizer has no EOS token, so no answer could end. What fits: eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
@@ -247,6 +234,28 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+# what transformers raises where a folder's JSON is not what it expects
+FOLDER_FAULTS = (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@contextlib.contextmanager
+def blamed(where: str):
+    """A folder that transformers cannot make sense of is a ModelError; lack of memory and faults of other kinds stay."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*FOLDER_FAULTS, StrictDataclassError) as error:
+        raise ModelError(f"{where}: {_cause(error)}") from error
+    except Exception as error:
+        # the Rust libraries raise parse errors as plain Exception; any other class is not the folder's fault
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"{where}: {_cause(error)}") from error
+
+
 @contextlib.contextmanager
 def quiet_transformers():
     """No progress bars and no advice from transformers inside; its faults still arrive as exceptions."""
@@ -271,4 +280,6 @@ def _some(names: Any) -> str:
 def _cause(error: Exception) -> str:
     """The message in one line; transformers and the hub spread some over many."""
     text = " ".join(str(error).split())
+    if isinstance(error, (TypeError, LookupError, AttributeError)):
+        text = f"{type(error).__name__}: {text}"  # their messages say little alone
     return text[:300] + (" …" if len(text) > 300 else "") if text else type(error).__name__
