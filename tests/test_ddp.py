@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,35 @@ def test_a_rank_that_dies_ends_the_other(tmp_path):
     processes = start(tmp_path / "out", 2, {"steps": 500, "die_at": 3})
     codes = [process.wait(timeout=100) for process in processes]
     assert codes[1] == -9 and codes[0] != 0
+
+
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path, tiny_folder):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    words = ["engine=ddp", f"model={tiny_folder}", f"data={rows}", "train.steps=1000000", f"output={tmp_path}", "name=r", "eval.samples=0"]
+    # the launcher's own group, so that whatever is left of it can be found
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "deltune.cli", "launch", "-n", "2", "train", *words],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    children: list[int] = []
+    while len(children) < 2 or not (tmp_path / "r" / "metrics.jsonl").exists():
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.1)
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        children = [int(pid) for pid in found]
+    launcher.kill()
+    launcher.wait()
+    for _ in range(300):
+        if not any(_runs(pid) for pid in children):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{[pid for pid in children if _runs(pid)]} outlived their launcher")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

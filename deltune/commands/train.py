@@ -136,7 +136,7 @@ def completed(run: Run) -> Outcome | None:
     from deltune.training.callbacks import Outcome
 
     file = run.folder / "completed.json"
-    if not file.exists():
+    if not dist.on_main(file.exists):
         return None
     facts = json.loads(file.read_text(encoding="utf-8"))
     if facts["num_steps_asked"] != [run.train.steps, run.train.epochs]:
@@ -298,7 +298,8 @@ class Session:
 
         run = self.run
         before_file = run.folder / "before.json"
-        fresh = not before_file.exists()
+        # rank 0 answers for all: it may write the file before another rank has looked
+        fresh = dist.on_main(lambda: not before_file.exists())
         if fresh:
             self.before = self.measure_before()
         randomness.seed_all(run.seed + dist.rank())

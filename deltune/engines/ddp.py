@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -24,6 +27,7 @@ class DDPEngine(Engine):
             raise EngineError(
                 "engine=ddp wants several processes: start it with `deltune launch -n 2 train engine=ddp ...`, or use engine=single."
             )
+        end_with_launcher()
         backend = config.backend
         if backend == "auto":
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -72,3 +76,16 @@ class DDPEngine(Engine):
         super().close()
         if group.is_initialized():
             group.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """On Linux, have a process of `deltune launch` asked to stop when the launcher dies, even by kill -9.
+
+    Without this it would wait for peers that nobody starts, until the timeout.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() == 1:  # it died before the request was made
+        raise EngineError("the launcher of this process has died")
