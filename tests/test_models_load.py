@@ -278,6 +278,7 @@ def test_shards(folder, tmp_path):
     [
         ("{", ["config.json line 1", "not JSON"]),
         ("[]", ["holds a list"]),
+        ('{"a": ' + "[" * 100_000, ["config.json is nested too deep"]),
         ("{}", ["names no model_type"]),
         ('{"model_type": "lama"}', ["does not know model_type 'lama'", "llama"]),
         ('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', ["not a causal language model", "T5ForConditionalGeneration"]),

@@ -22,12 +22,16 @@ def main(words: list[str], file: Path | None = None) -> int:
     from deltune.serve.chat import Chat, terminal_lines
 
     with opened(settings) as place:
-        writer = PromptWriter(replace(settings, system=None), place.tokenizer)  # the chat says which system message stands
+        writer = PromptWriter(
+            replace(settings, system=None), place.tokenizer
+        )  # the chat says which system message stands
         chat = Chat(place.model, place.tokenizer, writer.messages, options_of(settings), system=settings.system)
         typed = sys.stdin.isatty()
         if typed:
             beside = f" with {settings.adapter}" if settings.adapter else ""
-            chat.note(f"{settings.model.path}{beside} on {place.engine.device}; /help names the commands, Ctrl-D leaves")
+            chat.note(
+                f"{settings.model.path}{beside} on {place.engine.device}; /help names the commands, Ctrl-D leaves"
+            )
         with place.engine.autocast():
             chat.run(terminal_lines() if typed else iter(sys.stdin))
     return 0

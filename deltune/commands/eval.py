@@ -42,7 +42,9 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     with opened(settings) as (place):
         dataset = evaluation_data(settings, place.tokenizer)
         batches = eval_batches(dataset, micro_batch=settings.micro_batch, pad_id=place.tokenizer.pad_token_id)
-        metrics, sources = evaluate_by_source(place.model, batches, autocast=place.engine.autocast, device=place.engine.device)
+        metrics, sources = evaluate_by_source(
+            place.model, batches, autocast=place.engine.autocast, device=place.engine.device
+        )
         answers: list[dict[str, Any]] = []
         if settings.exact_match:
             options = GenerateOptions(max_new_tokens=settings.max_new_tokens)
@@ -51,7 +53,12 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
             metrics["exact_match"] = score
             add_source_scores(sources, answers)
             warn_of_length(score, settings.max_new_tokens)
-    found = {"all": metrics, "sources": sources, "data_fingerprint": dataset.fingerprint, "seconds": time.perf_counter() - began}
+    found = {
+        "all": metrics,
+        "sources": sources,
+        "data_fingerprint": dataset.fingerprint,
+        "seconds": time.perf_counter() - began,
+    }
     return found | provenance(settings), answers
 
 
@@ -78,21 +85,39 @@ def add_source_scores(sources: dict[str, dict[str, Any]], answers: list[dict[str
     for name, metrics in sources.items():
         matches = [answer["match"] for answer in answers if source_of(answer["row"]) == name]
         low, high = wilson_interval(sum(matches), len(matches))
-        metrics["exact_match"] = {"exact_match": sum(matches) / len(matches), "n": len(matches), "low": low, "high": high}
+        metrics["exact_match"] = {
+            "exact_match": sum(matches) / len(matches),
+            "n": len(matches),
+            "low": low,
+            "high": high,
+        }
 
 
 def warn_of_length(score: dict[str, float], limit: int) -> None:
     from deltune.log import logger
 
     if score["num_too_long"]:
-        logger.warning("%d of %d references have more than max_new_tokens=%d tokens and cannot be matched", score["num_too_long"], score["n"], limit)
+        logger.warning(
+            "%d of %d references have more than max_new_tokens=%d tokens and cannot be matched",
+            score["num_too_long"],
+            score["n"],
+            limit,
+        )
 
 
 def table(result: dict[str, Any]) -> str:
     """A line for each source, if there are several, and one for all."""
     rows = list(result["sources"].items()) if len(result["sources"]) > 1 else []
     exact = "exact_match" in result["all"]
-    head = ["", "examples", "trained tokens", "loss", "perplexity", "token accuracy", *(["exact match", "95 % interval"] if exact else [])]
+    head = [
+        "",
+        "examples",
+        "trained tokens",
+        "loss",
+        "perplexity",
+        "token accuracy",
+        *(["exact match", "95 % interval"] if exact else []),
+    ]
     lines = [head]
     for name, metrics in [*rows, ("all", result["all"])]:
         cells = [
@@ -104,7 +129,12 @@ def table(result: dict[str, Any]) -> str:
             cells += [f"{score['exact_match']:.2%}", f"{score['low']:.2%} to {score['high']:.2%}"]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def write(settings: EvalSettings, result: dict[str, Any], answers: list[dict[str, Any]]) -> str:
@@ -113,7 +143,11 @@ def write(settings: EvalSettings, result: dict[str, Any], answers: list[dict[str
     from deltune.weights import replacing
 
     out = Path(settings.out)
-    metrics_file, answers_file = (out, out.with_suffix(".predictions.jsonl")) if out.suffix == ".json" else (out / "metrics.json", out / "predictions.jsonl")
+    metrics_file, answers_file = (
+        (out, out.with_suffix(".predictions.jsonl"))
+        if out.suffix == ".json"
+        else (out / "metrics.json", out / "predictions.jsonl")
+    )
     texts = {metrics_file: json.dumps(result, indent=1, ensure_ascii=False) + "\n"}
     if settings.exact_match:
         texts[answers_file] = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)

@@ -1,4 +1,4 @@
-"""deltune generate [run=RUN | model=MODEL adapter=FOLDER] prompt=TEXT | file=FILE [out=FILE.jsonl] [temperature=0.7 ...]
+"""deltune generate [run=RUN | model=MODEL adapter=FOLDER] prompt=TEXT | file=FILE [out=FILE.jsonl] [key=value ...]
 
 Answers. One prompt's answer goes to standard output and nothing else does. A file may be JSONL, JSON, CSV, Parquet
 (columns prompt, messages, conversations, instruction, question, input or text) or text with a prompt a line; each row
@@ -71,7 +71,10 @@ def answer_file(settings: GenerateSettings) -> None:
     if done:
         logger.info("%s: %d of %d rows are answered already", out, len(done), len(prompts))
     if left:
-        with opened(settings) as place, nullcontext(sys.stdout) if out is None else out.open("a", encoding="utf-8") as stream:
+        with (
+            opened(settings) as place,
+            nullcontext(sys.stdout) if out is None else out.open("a", encoding="utf-8") as stream,
+        ):
             answer_rows(place, settings, left, stream)
     if out is not None:
         logger.info("%d answers in %s", len(prompts), out)
@@ -112,7 +115,13 @@ def answer_rows(place: Opened, settings: GenerateSettings, rows: Sequence[tuple[
             spoken = time.monotonic()
             num_done = start + len(chunk)
             seconds = (spoken - began) / num_done * (len(rows) - num_done)
-            logger.info("%d of %d answered, %.0f tokens/s, %.0f s left", num_done, len(rows), num_tokens / (spoken - began), seconds)
+            logger.info(
+                "%d of %d answered, %.0f tokens/s, %.0f s left",
+                num_done,
+                len(rows),
+                num_tokens / (spoken - began),
+                seconds,
+            )
 
 
 def written(writer: Any, prompt: Prompt) -> list[int]:
@@ -162,7 +171,9 @@ def _check_same(out: Path, record: Path, identity: dict[str, Any]) -> None:
 
     remedy = "What fits: another out, or that file removed."
     if not record.exists():
-        raise ConfigError(f"out={out}: holds something already, and nothing says what made it ({record.name} is missing). {remedy}")
+        raise ConfigError(
+            f"out={out}: holds something already, and nothing says what made it ({record.name} is missing). {remedy}"
+        )
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
@@ -194,8 +205,15 @@ def _answered(out: Path, rows: set[str]) -> set[str]:
         try:
             row = json.loads(line)["row"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{out}:{number}: not an answer that deltune generate wrote. What fits: another out, or that file removed.") from None
+            raise DataError(
+                f"{out}:{number}: not an answer that deltune generate wrote. "
+                "What fits: another out, or that file removed."
+            ) from None
         if row not in rows or row in done:
-            raise DataError(f"{out}:{number}: an answer to {row}, which {'stands there twice' if row in done else 'is no row of the file'}. What fits: another out, or that file removed.")
+            raise DataError(
+                f"{out}:{number}: an answer to {row}, which "
+                f"{'stands there twice' if row in done else 'is no row of the file'}. "
+                "What fits: another out, or that file removed."
+            )
         done.add(row)
     return done

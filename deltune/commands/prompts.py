@@ -74,7 +74,7 @@ def read_prompts(path: str) -> tuple[list[File], list[Prompt]]:
 
 
 def parse(row: Any) -> tuple[Conversation, str]:
-    """(conversation up to what is to be answered, its format). An answer that the row has is left out. Raises BadRow."""
+    """(conversation up to what is to be answered, its format), without an answer that the row has. Raises BadRow."""
     if not isinstance(row, Mapping):
         raise BadRow("the row is not an object")
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
@@ -160,7 +160,7 @@ class PromptWriter:
 
 
 def trained_template(settings: Generation) -> str:
-    """Without a chat template `auto` goes by the rows: the frame that the run's own rows were written in, if it is one."""
+    """Without a chat template `auto` goes by the rows: the frame that the run's own rows were written in, if one."""
     from deltune.training import metrics
 
     run = Path(settings.run) if settings.run else Path(settings.adapter).parent if settings.adapter else None
@@ -170,7 +170,9 @@ def trained_template(settings: Generation) -> str:
     sources = starts[-1]["description"].get("data", {}).get("sources", []) if starts else []
     used = sorted({source["template"] for source in sources})
     if len(used) > 1:
-        logger.warning("%s was trained on prompts written in several ways (%s); template=NAME chooses one", run, ", ".join(used))
+        logger.warning(
+            "%s was trained on prompts written in several ways (%s); template=NAME chooses one", run, ", ".join(used)
+        )
     return used[0] if len(used) == 1 and used[0] in ("alpaca", "plain") else "auto"
 
 

@@ -47,7 +47,10 @@ def exact_match(
     window = context_window(model)
     for place, (prompt, _) in zip(places, tasks, strict=True):
         if window is not None and len(prompt) >= window:
-            raise DataError(f"{dataset[place].row}: the prompt has {len(prompt)} tokens and the model's context window {window}. What fits: data.max_source_length below that.")
+            raise DataError(
+                f"{dataset[place].row}: the prompt has {len(prompt)} tokens and the model's context window "
+                f"{window}. What fits: data.max_source_length below that."
+            )
     generated = generate(model, tokenizer, [prompt for prompt, _ in tasks], options, batch=batch, numbers=list(places))
     answers = []
     for place, (prompt, reference), answer in zip(places, tasks, generated, strict=True):
@@ -70,14 +73,17 @@ def exact_match(
 
 
 def split(example: Any) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of an example: the answer is the last run of trained tokens, the prompt what precedes it."""
+    """(prompt ids, answer ids) of an example: the answer is its last run of trained tokens, the prompt what precedes."""
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORE)
     if len(trained) == 0:
         raise DataError(f"{example.row}: no token is trained, so there is no answer to compare with.")
     breaks = np.flatnonzero(np.diff(trained) > 1)
     start = int(trained[breaks[-1] + 1] if len(breaks) else trained[0])
     if start == 0:
-        raise DataError(f"{example.row}: trained from its first token, so there is no prompt to answer. Exact match needs data.mode=sft and data.train_on_source=false.")
+        raise DataError(
+            f"{example.row}: trained from its first token, so there is no prompt to answer. Exact match needs "
+            "data.mode=sft and data.train_on_source=false."
+        )
     ids = [int(i) for i in example.ids]
     return ids[:start], ids[start : int(trained[-1]) + 1]
 

@@ -106,7 +106,10 @@ def source_of(row: str) -> str:
 
 def _require_tokens(count: float) -> None:
     if count == 0:
-        raise DataError("the evaluation data has no trained token, so there is nothing to measure. What fits: rows with answers (deltune preview shows what is trained).")
+        raise DataError(
+            "the evaluation data has no trained token, so there is nothing to measure. "
+            "What fits: rows with answers (deltune preview shows what is trained)."
+        )
 
 
 def _by_source(model: torch.nn.Module, batches: Iterable[Any], autocast: Any, device: Any) -> dict[str, Sums]:
@@ -117,7 +120,9 @@ def _by_source(model: torch.nn.Module, batches: Iterable[Any], autocast: Any, de
             batch = batch.to(device)
             with (autocast or contextlib.nullcontext)():
                 loss, correct, trained = token_scores(model, batch)
-            for row, *sums in zip(batch.rows, loss.sum(1).tolist(), correct.sum(1).tolist(), trained.sum(1).tolist(), strict=True):
+            for row, *sums in zip(
+                batch.rows, loss.sum(1).tolist(), correct.sum(1).tolist(), trained.sum(1).tolist(), strict=True
+            ):
                 sources.setdefault(source_of(row), Sums()).add(Sums(*sums, examples=1))
     return sources
 
@@ -149,12 +154,18 @@ class _OwnSums:
     named: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: _OwnSums) -> None:
-        self.loss, self.tokens, self.examples = self.loss + other.loss, self.tokens + other.tokens, self.examples + other.examples
+        self.loss, self.tokens, self.examples = (
+            self.loss + other.loss,
+            self.tokens + other.tokens,
+            self.examples + other.examples,
+        )
         for name, value in other.named.items():
             self.named[name] = self.named.get(name, 0.0) + value
 
 
-def _evaluate_own(model: torch.nn.Module, batches: Iterable[Any], forward: EvalStep, autocast: Any, device: Any) -> dict[str, float]:
+def _evaluate_own(
+    model: torch.nn.Module, batches: Iterable[Any], forward: EvalStep, autocast: Any, device: Any
+) -> dict[str, float]:
     sums = _OwnSums()
     with inference(model), undisturbed_random(model):
         for batch in batches:
@@ -163,11 +174,19 @@ def _evaluate_own(model: torch.nn.Module, batches: Iterable[Any], forward: EvalS
                 result = forward(model, batch)
             loss, named = result if isinstance(result, tuple) else (result, {})
             tokens = batch.num_trained_tokens
-            sums.add(_OwnSums(float(loss), tokens, len(batch.rows), {name: float(v) * tokens for name, v in named.items()}))
+            sums.add(
+                _OwnSums(float(loss), tokens, len(batch.rows), {name: float(v) * tokens for name, v in named.items()})
+            )
     total = _OwnSums()
     for gathered in dist.gather_objects(sums):
         total.add(gathered)
     _require_tokens(total.tokens)
     loss = total.loss / total.tokens
     named = {name: value / total.tokens for name, value in total.named.items()}
-    return {"loss": loss, "perplexity": perplexity(loss), **named, "num_tokens": int(total.tokens), "num_examples": int(total.examples)}
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        **named,
+        "num_tokens": int(total.tokens),
+        "num_examples": int(total.examples),
+    }

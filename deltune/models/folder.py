@@ -16,8 +16,12 @@ LIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 # read for CODE_KEYS; tokenizer.json and its kin are left out, where any word may be a vocabulary entry
 SETTINGS_FILES = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-    "processor_config.json", "preprocessor_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -29,12 +33,17 @@ def find(path: str, revision: str | None = None, *, key: str = "model.path", wei
     """
     if path == "bundled":
         if not (BUNDLED / "config.json").is_file():
-            raise ModelError(f"{key}=bundled: this installation holds no bundled model at {BUNDLED}. What fits: reinstall the package, or name another model.")
+            raise ModelError(
+                f"{key}=bundled: this installation holds no bundled model at {BUNDLED}. "
+                "What fits: reinstall the package, or name another model."
+            )
         folder = BUNDLED
     else:
         folder = Path(path).expanduser()
         if folder.is_file():
-            raise ModelError(f"{key}={path}: this is a file. What fits: the folder that holds config.json and the weights.")
+            raise ModelError(
+                f"{key}={path}: this is a file. What fits: the folder that holds config.json and the weights."
+            )
         if not folder.is_dir():
             folder = _from_hub(path, revision, key, weights)
     folder = folder.resolve()
@@ -51,7 +60,10 @@ def _from_hub(path: str, revision: str | None, key: str, weights: bool) -> Path:
         # subfolders hold other formats of the same weights; Python files are never fetched
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError:
-        raise ModelError(f"{key}={path}: there is no such folder, and it is not a hub id (owner/name) either. What fits: an existing folder, a hub id, or `bundled`.") from None
+        raise ModelError(
+            f"{key}={path}: there is no such folder, and it is not a hub id (owner/name) either. "
+            "What fits: an existing folder, a hub id, or `bundled`."
+        ) from None
     except OSError as error:
         place = path if revision is None else f"{path} at revision {revision}"
         if constants.HF_HUB_OFFLINE:
@@ -72,8 +84,10 @@ def scan(folder: Path, where: str) -> None:
             found = _code_key(read_json(root / name, where))
             if found is not None:
                 raise ModelError(
-                    f"{where}: {name} sets {found}, which asks for code from the model folder. Deltune never runs a model's own code. "
-                    "What fits: a model whose type transformers knows, with that key and the *.py files removed from a copy of the folder."
+                    f"{where}: {name} sets {found}, which asks for code from the model folder. Deltune never runs "
+                    "a model's own code. "
+                    "What fits: a model whose type transformers knows, with that key and the *.py files removed "
+                    "from a copy of the folder."
                 )
     allowed = [root]
     if root.parent.name == "snapshots":  # the hub's cache: files are links into its blobs
@@ -82,9 +96,16 @@ def scan(folder: Path, where: str) -> None:
         for name in sorted(folders + files):
             entry = Path(parent) / name
             if entry.is_symlink() and not any(entry.resolve().is_relative_to(place) for place in allowed):
-                raise ModelError(f"{where}: {entry.relative_to(root)} is a link that leaves the folder, to {entry.resolve()}. What fits: a copy of the file in its place.")
+                raise ModelError(
+                    f"{where}: {entry.relative_to(root)} is a link that leaves the folder, to {entry.resolve()}. "
+                    "What fits: a copy of the file in its place."
+                )
             if name.endswith(".py"):
-                raise ModelError(f"{where}: the folder holds Python code, {entry.relative_to(root)}. Deltune never runs a model's own code. What fits: a copy of the folder without *.py files, if transformers knows the model's type.")
+                raise ModelError(
+                    f"{where}: the folder holds Python code, {entry.relative_to(root)}. Deltune never runs a "
+                    "model's own code. What fits: a copy of the folder without *.py files, if transformers knows "
+                    "the model's type."
+                )
 
 
 def _code_key(value: Any) -> str | None:
@@ -108,7 +129,11 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ModelError(f"{where}: {file.name} is not UTF-8 text (byte {error.start}).") from None
     except json.JSONDecodeError as error:
-        raise ModelError(f"{where}: {file.name} line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
+        raise ModelError(
+            f"{where}: {file.name} line {error.lineno}, column {error.colno}: not JSON ({error.msg})."
+        ) from None
+    except RecursionError:
+        raise ModelError(f"{where}: {file.name} is nested too deep to be read.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{where}: {file.name} holds a {type(value).__name__}; expected a JSON object.")
     return value
@@ -122,14 +147,22 @@ def missing_config(folder: Path, where: str) -> ModelError:
             base = read_json(folder / "adapter_config.json", where).get("base_model_name_or_path")
         except ModelError:
             base = None
-        return ModelError(f"{where}: this folder is an adapter, not a model. What fits: model.path={base or '<its base model>'} adapter={folder}")
+        return ModelError(
+            f"{where}: this folder is an adapter, not a model. "
+            f"What fits: model.path={base or '<its base model>'} adapter={folder}"
+        )
     for inner in ("model", "adapter"):
         if (folder / inner).is_dir() and (folder / "config.yaml").is_file():
             return ModelError(f"{where}: this is the folder of a run. What fits: its {inner} in {folder / inner}")
     if any(name.endswith(".gguf") for name in names):
-        return ModelError(f"{where}: the folder holds GGUF weights and no config.json. What fits: the model's safetensors folder.")
+        return ModelError(
+            f"{where}: the folder holds GGUF weights and no config.json. What fits: the model's safetensors folder."
+        )
     shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-    return ModelError(f"{where}: no config.json in it; found {shown or 'nothing'}. What fits: a Hugging Face model folder (config.json, *.safetensors, tokenizer files).")
+    return ModelError(
+        f"{where}: no config.json in it; found {shown or 'nothing'}. "
+        "What fits: a Hugging Face model folder (config.json, *.safetensors, tokenizer files)."
+    )
 
 
 def weight_files(folder: Path, where: str) -> list[Path]:
@@ -146,7 +179,10 @@ def weight_files(folder: Path, where: str) -> list[Path]:
             raise ModelError(f"{where}: {INDEX} names a file outside the folder, {outside[0]}.")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"{where}: {INDEX} names {len(names)} files, of which {len(missing)} are missing: {', '.join(missing[:5])}. What fits: the whole download.")
+            raise ModelError(
+                f"{where}: {INDEX} names {len(names)} files, of which {len(missing)} are missing: "
+                f"{', '.join(missing[:5])}. What fits: the whole download."
+            )
         files = [folder / name for name in names]
     else:
         raise _no_safetensors(folder, where)
@@ -162,14 +198,18 @@ def _check_header(file: Path, where: str) -> None:
         with safe_open(file, framework="numpy") as tensors:
             tensors.keys()
     except SafetensorError as error:
-        raise ModelError(f"{where}: {file.name} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}. What fits: download or copy it again.") from None
+        raise ModelError(
+            f"{where}: {file.name} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}. What "
+            "fits: download or copy it again."
+        ) from None
 
 
 def conversion(source: Path, target: Path) -> str:
     """The Python that rewrites pickled weights as safetensors; torch opens them with weights_only."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer; "
-        f"AutoModelForCausalLM.from_pretrained({str(source)!r}, use_safetensors=False, dtype='auto').save_pretrained({str(target)!r}); "
+        f"AutoModelForCausalLM.from_pretrained({str(source)!r}, use_safetensors=False, "
+        f"dtype='auto').save_pretrained({str(target)!r}); "
         f"AutoTokenizer.from_pretrained({str(source)!r}).save_pretrained({str(target)!r})"
     )
 
@@ -179,9 +219,13 @@ def _no_safetensors(folder: Path, where: str) -> ModelError:
     if pickles:
         target = folder.with_name(folder.name + "-safetensors")
         return ModelError(
-            f"{where}: the weights are pickles ({', '.join(pickles[:5])}), which can run code when opened; Deltune reads safetensors only. "
+            f"{where}: the weights are pickles ({', '.join(pickles[:5])}), which can run code when opened; Deltune "
+            "reads safetensors only. "
             f'If you trust their source, convert them once:\n  python -c "{conversion(folder, target)}"\nand use model.path={target}'
         )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     found = f"found {', '.join(others[:5])}" if others else "there are no *.safetensors files"
-    return ModelError(f"{where}: no weights: {found}; expected {SINGLE}, or {INDEX} with its files. To draw weights at random from config.json: model.start=random")
+    return ModelError(
+        f"{where}: no weights: {found}; expected {SINGLE}, or {INDEX} with its files. To draw weights at random "
+        "from config.json: model.start=random"
+    )

@@ -107,7 +107,12 @@ def _batches(lengths: list[int], batch: int, window: int | None, max_new_tokens:
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: GenerateOptions | None = None, *, number: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    options: GenerateOptions | None = None,
+    *,
+    number: int = 0,
 ) -> Iterator[str]:
     """The text that `generate` gives for this prompt, piece by piece as it becomes certain.
 
@@ -215,11 +220,14 @@ def context_window(model: PreTrainedModel) -> int | None:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every id that ends an answer: the tokenizer's EOS, those of generation_config.json, and the token with which the
-    chat template ends the assistant's turn, which in many base models is neither. Raises ModelError for ids that are none."""
+    chat template ends the assistant's turn, which in many base models is neither. Raises ModelError for what is no id.
+    """
     found = model.generation_config.eos_token_id
     ids = set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
     if not all(isinstance(i, int) for i in ids):
-        raise ModelError(f"generation_config.json: eos_token_id must be a token id or a list of them; found {found!r:.80}.")
+        raise ModelError(
+            f"generation_config.json: eos_token_id must be a token id or a list of them; found {found!r:.80}."
+        )
     return ids | {i for i in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}
 
 
@@ -231,7 +239,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     words = "AnswerEndsHere"
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": words}], tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}], tokenize=False
+        )
     except jinja2.TemplateError:
         return None  # a template for other conversations than this one
     _, said, after = text.rpartition(words)
@@ -245,7 +255,10 @@ def _check_prompt(model: PreTrainedModel, ids: Sequence[int], number: int) -> No
     if not ids:
         raise ModelError(f"prompt {number} has no tokens, so there is nothing to continue.")
     if window is not None and len(ids) >= window:
-        raise ModelError(f"prompt {number} has {len(ids)} tokens and fills the model's context window of {window}: no room for an answer.")
+        raise ModelError(
+            f"prompt {number} has {len(ids)} tokens and fills the model's context window of {window}: no room for "
+            "an answer."
+        )
 
 
 def _run(
@@ -268,7 +281,13 @@ def _run(
     own, model.generation_config = model.generation_config, settings  # else generate() fills gaps from the folder's
     try:
         with inference(model):
-            model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=[Chooser(prompts, numbers, options)], stopping_criteria=[ending])
+            model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=[Chooser(prompts, numbers, options)],
+                stopping_criteria=[ending],
+            )
     finally:
         model.generation_config = own
     ending.finish()
@@ -279,7 +298,12 @@ class Ending:
     """transformers' stopping criterion: records each row's tokens and says which rows are done, and why."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: GenerateOptions, each_token: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        options: GenerateOptions,
+        each_token: Any,
     ):
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.eos = eos_ids(model, tokenizer)
@@ -289,7 +313,9 @@ class Ending:
         self.reasons: list[str | None] = [None] * len(prompts)
         self.lengths = list(map(len, prompts))
         window = context_window(model)
-        self.room = [options.max_new_tokens if window is None else min(options.max_new_tokens, window - n) for n in self.lengths]
+        self.room = [
+            options.max_new_tokens if window is None else min(options.max_new_tokens, window - n) for n in self.lengths
+        ]
         self.limit = options.max_new_tokens
         self.each_token = each_token
 
@@ -343,7 +369,10 @@ class Chooser:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         broken = scores.isnan().any(dim=-1)
         if broken.any():
-            raise NumericsError(f"the model's scores for prompt {self.numbers[int(broken.nonzero()[0])]} are not numbers (NaN) at new token {input_ids.shape[1] - self.width + 1}")
+            raise NumericsError(
+                f"the model's scores for prompt {self.numbers[int(broken.nonzero()[0])]} are not numbers (NaN) at "
+                f"new token {input_ids.shape[1] - self.width + 1}"
+            )
         if self.options.repetition_penalty != 1.0:
             scores = self._penalise(input_ids, scores)
         if self.options.temperature == 0:
@@ -351,7 +380,9 @@ class Chooser:
         exact = scores.cpu() if scores.device.type == "mps" else scores  # MPS has no float64
         order, keep, probabilities = nucleus(exact / self.options.temperature, self.options)
         cumulative = (probabilities * keep).cumsum(-1)
-        draws = torch.tensor([generator.random() for generator in self.generators], device=exact.device, dtype=torch.float64)
+        draws = torch.tensor(
+            [generator.random() for generator in self.generators], device=exact.device, dtype=torch.float64
+        )
         place = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)
         place = place.clamp(max=(keep.sum(-1) - 1)[:, None])  # rounding: never beyond the kept ones
         return torch.full_like(scores, -torch.inf).scatter_(1, order.gather(1, place).to(scores.device), 0.0)
@@ -362,12 +393,14 @@ class Chooser:
         for row, length in enumerate(self.lengths):
             seen = input_ids[row, self.width - length :].unique()
             values = scores[row, seen]
-            scores[row, seen] = torch.where(values > 0, values / self.options.repetition_penalty, values * self.options.repetition_penalty)
+            scores[row, seen] = torch.where(
+                values > 0, values / self.options.repetition_penalty, values * self.options.repetition_penalty
+            )
         return scores
 
 
 def nucleus(scores: torch.Tensor, options: GenerateOptions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token ids from most to least probable, which of them may be drawn, probabilities in float64), each [batch, vocab].
+    """(token ids from most to least probable, which of them may be drawn, float64 probabilities), each [batch, vocab].
 
     top_k, then top_p of what top_k leaves, then min_p; each leaves the first few of the order, and at least one.
     """

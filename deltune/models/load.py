@@ -60,19 +60,31 @@ def read_config(folder: Path, where: str) -> PretrainedConfig:
         raise ModelError(f"{where}: config.json names no model_type; keys found: {', '.join(list(values)[:8])}.")
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CAUSAL), n=3, cutoff=0.5)
-        raise ModelError(f"{where}: transformers {__version__} does not know model_type {model_type!r}. " + (f"Nearest: {', '.join(near)}. " if near else "") + "A newer transformers may.")
+        raise ModelError(
+            f"{where}: transformers {__version__} does not know model_type {model_type!r}. "
+            + (f"Nearest: {', '.join(near)}. " if near else "")
+            + "A newer transformers may."
+        )
     names = CAUSAL.get(model_type, ())
     names = (names,) if isinstance(names, str) else names
     stated = values.get("architectures") or []
     if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
         raise ModelError(f"{where}: config.json: architectures must be a list of names; found {stated!r:.80}.")
-    if not names or (stated and not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)):
+    if not names or (
+        stated and not any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)
+    ):
         found = ", ".join(stated) or f"model_type {model_type!r}"
-        raise ModelError(f"{where}: not a causal language model: config.json says {found}. " + (f"What fits: {', '.join(names)}." if names else "What fits: a decoder such as llama, qwen3, gpt2."))
+        raise ModelError(
+            f"{where}: not a causal language model: config.json says {found}. "
+            + (f"What fits: {', '.join(names)}." if names else "What fits: a decoder such as llama, qwen3, gpt2.")
+        )
     quantised = values.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
-        raise ModelError(f"{where}: the weights are stored quantised ({method}), which cannot be trained here. What fits: the unquantised model.")
+        raise ModelError(
+            f"{where}: the weights are stored quantised ({method}), which cannot be trained here. "
+            "What fits: the unquantised model."
+        )
     with blamed(f"{where}: config.json does not describe a {model_type} model"):
         return AutoConfig.from_pretrained(folder)
 
@@ -81,7 +93,10 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
     from transformers import AutoModelForCausalLM
 
     folders.weight_files(folder, where)
-    with blamed(f"{where}: the model does not load"), quiet_transformers():  # its report of the loaded names is read below
+    with (
+        blamed(f"{where}: the model does not load"),
+        quiet_transformers(),
+    ):  # its report of the loaded names is read below
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=architecture,
@@ -93,11 +108,19 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
         )
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"], key=lambda item: item[0])[0]
-        raise ModelError(f"{where}: {len(info['mismatched_keys'])} tensors have another shape than config.json says, first {name}: file {list(found)}, config {list(expected)}.")
+        raise ModelError(
+            f"{where}: {len(info['mismatched_keys'])} tensors have another shape than config.json says, first "
+            f"{name}: file {list(found)}, config {list(expected)}."
+        )
     if info["missing_keys"]:
-        raise ModelError(f"{where}: {_some(info['missing_keys'])} not in the weight files, though config.json ({type(model).__name__}) needs them.")
+        raise ModelError(
+            f"{where}: {_some(info['missing_keys'])} not in the weight files, though config.json "
+            f"({type(model).__name__}) needs them."
+        )
     if info["unexpected_keys"]:
-        logger.warning("%s: left out %s, which %s has no place for", where, _some(info["unexpected_keys"]), type(model).__name__)
+        logger.warning(
+            "%s: left out %s, which %s has no place for", where, _some(info["unexpected_keys"]), type(model).__name__
+        )
     return model
 
 
@@ -135,7 +158,10 @@ def _checkpoint_gradients(model: PreTrainedModel, where: str) -> None:
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError:
-        raise ModelError(f"{where}: {type(model).__name__} cannot recompute activations. What fits: model.gradient_checkpointing=false") from None
+        raise ModelError(
+            f"{where}: {type(model).__name__} cannot recompute activations. "
+            "What fits: model.gradient_checkpointing=false"
+        ) from None
     model.config.use_cache = False
 
 
@@ -153,11 +179,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if config.tokenizer is None and not (folder / "config.json").is_file():
             raise folders.missing_config(folder, f"{key}={path}")
         shown = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
-        raise ModelError(f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found {shown}). What fits: model.tokenizer=<a folder with one>")
+        raise ModelError(
+            f"{key}={path}: no tokenizer in the folder (expected one of {', '.join(TOKENIZER_FILES)}; found "
+            f"{shown}). What fits: model.tokenizer=<a folder with one>"
+        )
     with blamed(f"{key}={path}: the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{key}={path}: the tokenizer has no EOS token, so no answer could end. What fits: eos_token in its tokenizer_config.json.")
+        raise ModelError(
+            f"{key}={path}: the tokenizer has no EOS token, so no answer could end. "
+            "What fits: eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -217,15 +249,19 @@ def check_pair(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     if outside:
         shown = ", ".join(f"{token!r} ({i})" for token, i in sorted(outside.items(), key=lambda item: item[1])[:5])
         raise ModelError(
-            f"the tokenizer and the model do not belong together: the model embeds ids 0 to {size - 1}, and the tokenizer has "
-            f"{len(outside)} beyond, first {shown}. What fits: the tokenizer that came with the model (model.tokenizer=null)."
+            f"the tokenizer and the model do not belong together: the model embeds ids 0 to {size - 1}, and the "
+            "tokenizer has "
+            f"{len(outside)} beyond, first {shown}. "
+            "What fits: the tokenizer that came with the model (model.tokenizer=null)."
         )
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """What a run record says of its model: path, commit (hub), sha256 of each light file, bytes of each weight file."""
     folder = folders.find(config.path, config.revision, weights=False)
-    light = [folder / name for name in folders.SETTINGS_FILES] + [folder / name for name in (*TOKENIZER_FILES, "chat_template.jinja")]
+    light = [folder / name for name in folders.SETTINGS_FILES] + [
+        folder / name for name in (*TOKENIZER_FILES, "chat_template.jinja")
+    ]
     return {
         "path": config.path,
         "commit": folder.name if folder.parent.name == "snapshots" else None,
@@ -235,12 +271,21 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
 
 
 # what transformers raises where a folder's JSON is not what it expects
-FOLDER_FAULTS = (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+FOLDER_FAULTS = (
+    OSError,
+    ImportError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 
 
 @contextlib.contextmanager
 def blamed(where: str):
-    """A folder that transformers cannot make sense of is a ModelError; lack of memory and faults of other kinds stay."""
+    """A folder that transformers cannot make sense of is a ModelError; lack of memory and other faults stay."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:

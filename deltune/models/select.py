@@ -24,7 +24,10 @@ def select_trainable(model: nn.Module, enable: Sequence[str] = (), disable: Sequ
     frozen = {id(p) for name, p in parameters.items() if _matches(name, disable)}
     chosen = {id(p) for name, p in parameters.items() if not enable or _matches(name, enable)} - frozen
     if not chosen:
-        raise ModelError(f"model.enable={list(enable)} and model.disable={list(disable)} leave no parameter to train, of {len(parameters)}.")
+        raise ModelError(
+            f"model.enable={list(enable)} and model.disable={list(disable)} leave no parameter to train, of "
+            f"{len(parameters)}."
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -62,7 +65,10 @@ def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
         row["tensors"] += 1
         row["total"] += parameter.numel()
         row["trainable"] += parameter.numel() if parameter.requires_grad else 0
-    return sorted(rows.values(), key=lambda row: (ORDER.index(row["module"]) if row["module"] in ORDER else len(ORDER), row["module"]))
+    return sorted(
+        rows.values(),
+        key=lambda row: (ORDER.index(row["module"]) if row["module"] in ORDER else len(ORDER), row["module"]),
+    )
 
 
 def _kind(name: str, modules: dict[str, nn.Module]) -> str:

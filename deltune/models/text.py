@@ -15,7 +15,7 @@ UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole charact
 class AnswerText:
     """Feed tokens with `push`; `text` grows to `tokenizer.decode(ids, skip_special_tokens=True)`, cut at a stop string.
 
-    (Decoders with byte fallback write a whole run of bytes as U+FFFD if one of them is broken; here only the broken end.)
+    (Decoders with byte fallback write a whole run of bytes as U+FFFD if one is broken; here only the broken end.)
 
     Only the newest tokens are decoded each time. They are decoded together with the ones before them, whose text is
     then taken off: alone, a token may lose its leading space.
@@ -27,7 +27,10 @@ class AnswerText:
         self.text = ""
         self.stopped = False  # a stop string was found
         self._ids: list[int] = []
-        self._context, self._settled = 0, 0  # ids[:settled] are in text; ids[context:settled] are decoded again with the rest
+        self._context, self._settled = (
+            0,
+            0,
+        )  # ids[:settled] are in text; ids[context:settled] are decoded again with the rest
         self._given = 0
 
     def push(self, token: int) -> None:

@@ -44,7 +44,12 @@ class Chat:
         self.system, self.messages = system, []
         self.first_seen = 0  # messages before this one no longer fit into the context window
         self.out, self.notes = out or sys.stdout, notes or sys.stderr
-        self.commands: dict[str, Callable[[str], None]] = {"reset": self.reset, "system": self.set_system, "save": self.save, "help": self.help}
+        self.commands: dict[str, Callable[[str], None]] = {
+            "reset": self.reset,
+            "system": self.set_system,
+            "save": self.save,
+            "help": self.help,
+        }
 
     def run(self, lines: Iterator[str]) -> None:
         """Answer each line, until the lines end or one says /quit."""
@@ -116,7 +121,10 @@ class Chat:
                 raise ModelError(f"the message has {len(ids)} tokens, and the model's context window is {window}")
             self.first_seen = first
         if self.first_seen > before:
-            self.note(f"the context window of {window} tokens is full: the model no longer sees the first {self.first_seen} messages")
+            self.note(
+                f"the context window of {window} tokens is full: the model no longer sees the first "
+                f"{self.first_seen} messages"
+            )
         return ids
 
     def prompt_from(self, first: int) -> list[int]:
