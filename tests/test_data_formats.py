@@ -246,6 +246,13 @@ def test_a_row_that_does_not_fit_says_why(format, row, reason):
     assert reason in str(error.value)
 
 
+def test_reasons_are_one_line_of_printable_text(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "x\n\x1b[2J": "b"}]
+    with pytest.raises(DataError) as error:
+        prepared(write_rows(tmp_path / "a.jsonl", rows), tiny_tokenizer())
+    assert "keys found: prompt, x\\n\\x1b[2J;" in str(error.value) and "\x1b" not in str(error.value)
+
+
 def test_bad_rows_stop_with_the_first_five(tmp_path):
     rows = [{"prompt": "a", "completion": "b" if i % 3 else ""} for i in range(30)]
     file = write_rows(tmp_path / "a.jsonl", rows)

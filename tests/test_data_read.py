@@ -196,6 +196,12 @@ def test_folders_globs_and_lists_in_a_fixed_order(tmp_path):
     assert [s.source.weight for s in two] == [1.0, 2.0]
 
 
+def test_the_bundled_task_is_in_the_package():
+    train, held = (resolve(["bundled"], key)[0].files[0] for key in ("data.train", "data.eval"))
+    prompts = [{record.value["prompt"] for record in read(file)} for file in (train, held)]
+    assert all(prompts) and not prompts[0] & prompts[1]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("trian.jsonl", "no file or folder .*holds train.jsonl"), ("*.csv", "nothing matches"), ("empty", "no data files below")],

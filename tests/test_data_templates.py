@@ -282,6 +282,7 @@ def test_tokenizers_without_offsets_give_the_same_mask(tmp_path):
     assert not slow.is_fast
     slow.chat_template = CHATML_TAGGED
     assert encoded(tmp_path, slow, TURNS) == [EXPECTED["chatml"][2]]
+    assert encoded(tmp_path, slow, TURNS[1:], template="plain") == ["Héllo«Hi\nthere</s>»漢字?«字</s>»"]
 
 
 def test_words_that_begin_with_their_space_are_trained_whole(tmp_path):

@@ -20,7 +20,7 @@ from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
 from deltune.data.order import HELD_OUT, Group, Permutation, key
 from deltune.data.read import File, Record, read
-from deltune.data.rows import LOOK_AHEAD, SHOWN, RejectLog, count, outcomes, refusal, stops
+from deltune.data.rows import LOOK_AHEAD, SHOWN, RejectLog, count, outcomes, refusal, stops, warn
 from deltune.data.sources import SourceFiles, digest, resolve
 from deltune.data.stream import Stream, StreamSource
 from deltune.errors import DataError
@@ -172,14 +172,14 @@ def _dataset(
     for source in sources:
         start = sum(map(len, parts))
         if limit is not None and total.rows >= limit:
-            logger.warning("%s: the row limit of %d is reached before %s, which is not read", name, limit, source.report.name)
+            warn("%s: the row limit of %d is reached before %s, which is not read", name, limit, source.report.name)
         for file in source.files.files:
             left = None if limit is None else limit - total.rows
             if left == 0:
                 break
             part = _part(source, file, config, folder, tokenizer_id, left)
             if not part.counts.rows:
-                logger.warning("%s: %s holds no rows", name, file.path)
+                warn("%s: %s holds no rows", name, file.path)
             source.report.counts.add(part.counts)
             total.add(part.counts)
             parts.append(part)
@@ -191,9 +191,9 @@ def _dataset(
     if not total.trained_tokens:
         raise DataError(f"{name}: no token would be trained; {shown}")
     for note, num_rows in total.notes.items():
-        logger.warning("%s: %s (%d rows)", name, note, num_rows)
+        warn("%s: %s (%d rows)", name, note, num_rows)
     if unused:
-        logger.warning("%s: %s", name, shown)
+        warn("%s: %s", name, shown)
     return Dataset(parts, groups), DataReport(total, [s.report for s in sources])
 
 
@@ -276,4 +276,4 @@ def _warn_of_shared_files(train: Dataset, evaluation: Dataset) -> None:
     known = {p.digest: p.file.path for p in train.parts if len(p)}
     for p in evaluation.parts:
         if p.digest in known:
-            logger.warning("data.eval: %s holds the same examples as %s of data.train; its scores say nothing of new rows", p.file.path, known[p.digest])
+            warn("data.eval: %s holds the same examples as %s of data.train; its scores say nothing of new rows", p.file.path, known[p.digest])

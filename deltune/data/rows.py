@@ -8,12 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deltune import dist
 from deltune.data.config import DataConfig
 from deltune.data.dataset import Counts, Reject
 from deltune.data.encode import Encoded, Encoder, Overlong
 from deltune.data.formats import BadRow, Conversation, Schema
 from deltune.data.read import Cursor, File, Record
 from deltune.errors import DataError
+from deltune.log import logger
 
 BATCH_ROWS = 256
 SHOWN = 5  # bad rows listed before stopping
@@ -86,6 +88,12 @@ def refusal(found: list[tuple[File, Reject]]) -> DataError:
         return DataError(f"{lines[0]}\n(data.on_bad=skip would leave such rows out and list them in rejects.jsonl)")
     remedy = "data.overlong=truncate or skip would go on" if found[0][1].overlong else "data.on_bad=skip would leave them out and list them in rejects.jsonl"
     return DataError("\n  ".join([f"rows that cannot be used, the first {len(lines)} ({remedy}):", *lines]))
+
+
+def warn(message: str, *values: Any) -> None:
+    """Say something about the data. All ranks read the same, so one says it."""
+    if dist.is_main():
+        logger.warning(message, *values)
 
 
 class RejectLog:

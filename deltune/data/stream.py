@@ -23,10 +23,9 @@ from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
 from deltune.data.order import BLOCK, ROW, Permutation, key
 from deltune.data.read import Cursor, File, Record, read
-from deltune.data.rows import RejectLog, count, outcomes, refusal, stops
+from deltune.data.rows import RejectLog, count, outcomes, refusal, stops, warn
 from deltune.data.sources import SourceFiles
 from deltune.errors import DataError
-from deltune.log import logger
 
 _READING = ("shuffle", "stream_block", "seed", "read_nums")  # the settings that decide which row comes when
 
@@ -232,7 +231,7 @@ class Stream:
                 for counts in (self.counts, self.sources[index].counts):
                     count(counts, outcome)
             for note in outcome.notes - self._said:
-                logger.warning("%s: %s", file.where(outcome.number), note)
+                warn("%s: %s", file.where(outcome.number), note)
                 self._said.add(note)
             if outcome.reject:
                 rejects.append((file, outcome.reject))
