@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltune.errors import DataError
-from deltune.evaluate.exact import exact_match, split, wilson_interval
+from deltune.evaluation.exact import exact_match, split, wilson_interval
 from deltune.models.generation import GenerateOptions, generate
 from tests.test_generate_model import chatty
 from tests.tiny import tiny_tokenizer

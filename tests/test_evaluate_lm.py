@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltune.errors import DataError
-from deltune.evaluate.lm import evaluate, evaluate_by_source, source_of
+from deltune.evaluation.lm import evaluate, evaluate_by_source, source_of
 from tests.tiny import tiny_model
 
 

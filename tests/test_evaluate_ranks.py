@@ -19,8 +19,8 @@ def measure() -> dict:
     from deltune.data.pack import pad
     from deltune.engines.build import build
     from deltune.engines.config import DDP, Single
-    from deltune.evaluate.exact import exact_match
-    from deltune.evaluate.lm import evaluate, evaluate_by_source
+    from deltune.evaluation.exact import exact_match
+    from deltune.evaluation.lm import evaluate, evaluate_by_source
     from deltune.models.generation import GenerateOptions
     from tests.test_generate_model import chatty
     from tests.tiny import tiny_tokenizer

@@ -21,7 +21,7 @@ MAX_LINES = 500
 FLOORS = {
     "errors": 0, "log": 0, "dist": 0, "weights": 0,
     "config": 1, "adapters": 1, "models": 1, "data": 1, "optim": 1, "engines": 1,
-    "training": 2, "evaluate": 2, "serve": 2,
+    "training": 2, "evaluation", "serve": 2,
     "settings": 3, "commands": 3,
     "cli": 4, "__init__": 4,
 }  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_room_imports_only_what_lies_below(path):
         ("data/read.py", "deltune.errors.DataError", True), ("data/read.py", "deltune.models.load", False), ("data/read.py", "deltune.config.check", False),
         ("data/config.py", "deltune.config.fields.option", True), ("data/config.py", "deltune.errors.DataError", False),
         ("training/loop.py", "deltune.engines.engine.Engine", True), ("training/loop.py", "deltune.adapters.attach", False),
-        ("training/loop.py", "deltune.evaluate.lm", False), ("evaluate/lm.py", "deltune.adapters.attach", True), ("weights.py", "deltune.log.logger", False),
+        ("training/loop.py", "deltune.evaluation.lm", False), ("evaluation/lm.py", "deltune.adapters.attach", True), ("weights.py", "deltune.log.logger", False),
         ("weights.py", "deltune.errors.ModelError", True), ("commands/train.py", "deltune.settings.Run", True), ("settings.py", "deltune.cli.main", False),
         ("config/check.py", "deltune.settings.Run", False), ("cli.py", "deltune.commands.launch", True), ("commands/list.py", "deltune.cli.VERBS", False),
     ],

@@ -34,8 +34,8 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     """(result, answers). The result holds `all` and `sources`, each with its metrics, and what produced them."""
     from deltune.commands.open_model import opened, provenance
     from deltune.data.loader import eval_batches
-    from deltune.evaluate.exact import exact_match
-    from deltune.evaluate.lm import evaluate_by_source
+    from deltune.evaluation.exact import exact_match
+    from deltune.evaluation.lm import evaluate_by_source
     from deltune.models.generation import GenerateOptions
 
     began = time.perf_counter()
@@ -79,8 +79,8 @@ def evaluation_data(settings: EvalSettings, tokenizer: Any) -> Any:
 
 def add_source_scores(sources: dict[str, dict[str, Any]], answers: list[dict[str, Any]]) -> None:
     """Exact match of each source, beside its other metrics."""
-    from deltune.evaluate.exact import wilson_interval
-    from deltune.evaluate.lm import source_of
+    from deltune.evaluation.exact import wilson_interval
+    from deltune.evaluation.lm import source_of
 
     for name, metrics in sources.items():
         matches = [answer["match"] for answer in answers if source_of(answer["row"]) == name]

@@ -146,7 +146,7 @@ class PromptWriter:
         import numpy as np
 
         from deltune.data.encode import Encoder
-        from deltune.evaluate.exact import split
+        from deltune.evaluation.exact import split
 
         if format not in self._encoders:
             self._encoders[format] = Encoder(self.config, self.tokenizer, format)

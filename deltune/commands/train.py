@@ -348,7 +348,7 @@ class Session:
     def evaluate(self) -> dict[str, float]:
         """Metrics on the whole evaluation set, over all ranks."""
         from deltune.data.loader import eval_batches
-        from deltune.evaluate.lm import evaluate
+        from deltune.evaluation.lm import evaluate
 
         run, engine = self.run, self.engine
         batches = eval_batches(
@@ -363,11 +363,12 @@ class Session:
         return metrics
 
     def generate(self, limit: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        from deltune.evaluate.exact import exact_match
+        from deltune.evaluation.exact import exact_match
         from deltune.models.generation import GenerateOptions
 
         options = GenerateOptions(max_new_tokens=self.run.eval.max_new_tokens)
-        return exact_match(self.model, self.tokenizer, self.data.evaluation, options, limit=limit)
+        with self.engine.autocast():
+            return exact_match(self.model, self.tokenizer, self.data.evaluation, options, limit=limit)
 
     def samples(self) -> list[dict[str, str]]:
         """The first few evaluation prompts with their answers by the weights as they are."""
