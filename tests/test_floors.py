@@ -21,7 +21,7 @@ MAX_LINES = 500
 FLOORS = {
     "errors": 0, "log": 0, "dist": 0, "weights": 0,
     "config": 1, "adapters": 1, "models": 1, "data": 1, "optim": 1, "engines": 1,
-    "training": 2, "evaluation", "serve": 2,
+    "training": 2, "evaluation": 2, "serve": 2,
     "settings": 3, "commands": 3,
     "cli": 4, "__init__": 4,
 }  # fmt: skip
