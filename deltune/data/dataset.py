@@ -9,6 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -208,7 +209,7 @@ class Dataset:
         """Largest token id, for the check against the model's vocabulary; -1 without examples."""
         return max((p.counts.largest_id for p in self.parts), default=-1)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         h = hashlib.sha256()
         for p in self.parts:
