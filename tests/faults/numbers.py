@@ -86,10 +86,10 @@ def poisoned(lab: Lab, steps: tuple[int, ...], variants: tuple[str, ...]) -> Ite
         yield row
 
 
-def huge_rate(lab: Lab) -> Row:
+def huge_rate(lab: Lab, rates: tuple[float, ...] = (1e9, 1e30, 1e39)) -> Row:
     """The first update makes the weights useless or infinite, and a save follows each: nothing infinite is saved."""
-    row = Row("a learning rate of 1e9, 1e30 or 1e39")
-    for lr in (1e9, 1e30, 1e39):
+    row = Row(f"a learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
+    for lr in rates:
         for policy in ("stop", "skip", "rollback"):
             task = lab.task(lr=lr, nonfinite=policy, every=1)
             code, text = lab.run(task)
