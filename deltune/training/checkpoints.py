@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,7 @@ class CheckpointStore:
         path = self.path(step)
         if storage.verify(path).get("step") != step:
             raise CheckpointError(f"{path}: holds another step than its name says")
+        self._verified.add(step)
         tensors = {part: weights.read_tensors(path / f"{part}.safetensors") for part in PARTS}
         return Snapshot(step, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
@@ -109,13 +109,6 @@ class CheckpointStore:
                 path.rename(target)
                 return target
         raise CheckpointError(f"{self.folder}: too many damaged copies of {path.name}; remove them")
-
-    def clean(self) -> None:
-        """Remove what a killed save or removal left. Only the holder of the folder's lock may call this."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.name.startswith(".step-") and path.name.endswith((".tmp", ".trash")):
-                    shutil.rmtree(path)
 
     def rotate(self, best_step: int | None) -> None:
         """Keep the newest `limit` checkpoints and the best one; remove an older one only while two good ones stay."""

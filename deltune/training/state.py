@@ -93,14 +93,16 @@ class Saver:
         """
 
         def find() -> tuple[int | None, list[str]]:
-            self.store.clean()
             snapshot, complaints = self.store.newest()
             if snapshot is None and complaints:
                 raise CheckpointError(
                     f"{self.store.folder}: no checkpoint is whole: {'; '.join(complaints)}. They are left as they are. What fits: "
                     "put a copy back, or remove that folder to begin again, or name=... for another run."
                 )
-            return (None if snapshot is None else snapshot.step), complaints
+            if snapshot is None:
+                return None, complaints
+            self.store.rotate(snapshot.state["progress"]["best_step"])  # a kill may have come between save and rotation
+            return snapshot.step, complaints
 
         step, complaints = dist.on_main(find)
         if step is None:

@@ -19,7 +19,8 @@ from deltune.errors import CheckpointError, DeltuneError
 
 MANIFEST = "manifest.json"
 FORMAT = "deltune-checkpoint-1"
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # as `weights.replacing` names what it writes to
+TEMPORARY_FILE = re.compile(r"\..+\.(\d+)\.tmp")  # as `weights.replacing` names what it writes to
+TEMPORARY_FOLDER = re.compile(r"\..+\.(tmp|trash)")  # as `write_folder` and `remove_folder` do
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,11 +44,13 @@ def make_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove the half-written files of processes that are gone. Only the holder of the folder's lock may call this."""
-    for path in folder.rglob(".*.tmp"):
-        match = TEMPORARY.fullmatch(path.name)
-        if match and path.is_file() and not _is_alive(int(match[1])):
-            path.unlink()
+    """Remove what killed processes have left half written or half removed. Only the holder of the lock may call this."""
+    for path in list(folder.rglob(".*")):
+        if path.is_dir():
+            if TEMPORARY_FOLDER.fullmatch(path.name):
+                shutil.rmtree(path)
+        elif (match := TEMPORARY_FILE.fullmatch(path.name)) and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
