@@ -132,6 +132,7 @@ def test_half_written_files_of_a_dead_process_go_and_those_of_a_living_one_stay(
     for name in names:
         (tmp_path / name).write_text("x")
     (tmp_path / "adapter" / f".adapter_model.safetensors.{dead.pid}.tmp").write_text("x")
+    (tmp_path / "adapter" / ".tmpq8XwZ0").write_text("x")
     with FolderLock(tmp_path):
         pass
     assert {name: (tmp_path / name).exists() for name in names} == names

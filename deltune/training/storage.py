@@ -20,6 +20,7 @@ from deltune.errors import CheckpointError, DeltuneError
 MANIFEST = "manifest.json"
 FORMAT = "deltune-checkpoint-1"
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)\.tmp")  # as `weights.replacing` names what it writes to
+SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # as its writer names a file until it is whole
 TEMPORARY_FOLDER = re.compile(r"\..+\.(tmp|trash)")  # as `write_folder` and `remove_folder` do
 
 
@@ -46,11 +47,15 @@ def make_folder(path: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes have left half written or half removed. Only the holder of the lock may call this."""
     for path in list(folder.rglob(".*")):
-        if path.is_dir():
-            if TEMPORARY_FOLDER.fullmatch(path.name):
-                shutil.rmtree(path)
-        elif (match := TEMPORARY_FILE.fullmatch(path.name)) and not _is_alive(int(match[1])):
-            path.unlink(missing_ok=True)
+        if path.is_dir() and TEMPORARY_FOLDER.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.is_file() and _is_leftover(path.name):
+            path.unlink()
+
+
+def _is_leftover(name: str) -> bool:
+    match = TEMPORARY_FILE.fullmatch(name)
+    return SAFETENSORS_TEMPORARY.fullmatch(name) is not None or (match is not None and not _is_alive(int(match[1])))
 
 
 def _is_alive(pid: int) -> bool:

@@ -135,7 +135,7 @@ class Hooks:
         builtins.open = io.open = call
 
     def _replace_safetensors(self) -> None:
-        # its writer is not Python, so one whole file is one call here, and half a file the state inside it
+        # its writer is not Python, so one whole file is one call here; inside it there is half of a file of this name
         from safetensors import torch as safetensors_torch
 
         real, to_bytes = safetensors_torch.save_file, safetensors_torch.save
@@ -143,7 +143,7 @@ class Hooks:
         def call(tensors: Any, filename: Any, metadata: Any = None) -> None:
             def half() -> None:
                 data = to_bytes(tensors, metadata)
-                Path(filename).write_bytes(data[: len(data) // 2])
+                Path(filename).with_name(".tmpHalf00").write_bytes(data[: len(data) // 2])
 
             self.visit("save_file", filename, lambda: real(tensors, filename, metadata=metadata), half)
 

@@ -38,7 +38,7 @@ def random_kills(lab: Lab, count: int, *, fresh: bool = False, seed: int = 0, **
             if not child.kill():
                 break
             kills += 1
-            inside_a_save += any(name.endswith(".tmp") for name in leftovers(task.path))
+            inside_a_save += any(name.startswith("checkpoints/") for name in leftovers(task.path))
         problem = lab.to_the_end(task, reference)
         for _ in range(kills):
             row.count(problem)

@@ -179,8 +179,8 @@ def evidence(folder: Path) -> Evidence:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files and folders below a run's."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith((".tmp", ".trash")))
+    """Hidden files and folders below a run's: all that is temporary is hidden, and of the rest only the lock."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name != ".lock")
 
 
 def difference(folder: Path, reference: Evidence, *, older_may_stay: bool = False) -> str | None:
