@@ -23,8 +23,8 @@ MOST_PER_RUN = 5
 def random_kills(lab: Lab, count: int, *, fresh: bool = False, seed: int = 0, **settings: Any) -> Row:
     """Kill at uniformly random times, start again, at most five times a run; `count` kills in all."""
     chance = random.Random(seed)
-    name = f"kill -9 at a random moment, {settings.get('variant', 'full')}{', started from nothing' if fresh else ''}"
-    row = Row(name)
+    told = [str(value) for value in settings.values()] or ["all weights"]
+    row = Row(", ".join(["kill -9 at a random moment", *told, *(["started from nothing"] * fresh)]))
     inside_a_save = runs = 0
     start = lab.start_fresh if fresh else lab.start
     while row.trials < count:
@@ -197,7 +197,9 @@ def run(lab: Lab, scale: float) -> Iterator[Row]:
     """All rows of this file. At scale 1: 300 random kills and more, and every call."""
     yield random_kills(lab, round(300 * scale))
     yield random_kills(lab, round(60 * scale), variant="lora", seed=1)
-    yield random_kills(lab, round(30 * scale), fresh=True, seed=2)
+    yield random_kills(lab, round(30 * scale), nonfinite="skip", poison=("gradient", 8), seed=2)
+    yield random_kills(lab, round(30 * scale), nonfinite="rollback", poison=("batch", 8), seed=3)
+    yield random_kills(lab, round(30 * scale), fresh=True, seed=4)
     stride = max(1, round(1 / scale))
     for name, prepare in (("a run", a_fresh_run), ("a run that takes up a damaged folder", a_run_that_takes_up)):
         yield kill_at_every_call(lab, name, prepare, only=lambda number, kind, path, phase: number % stride == 0)

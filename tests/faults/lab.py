@@ -170,6 +170,8 @@ def evidence(folder: Path) -> Evidence:
     """Read by json alone, so that a fault in the program's own reader cannot hide one in what it wrote."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
+    if any(line["kind"] == "event" and line["message"].startswith("rolled back") for line in lines):
+        steps = list({line["step"]: line for line in steps}.values())  # after a rollback, the last try of a step counts
     return Evidence(
         curve=tuple((s["step"], float(s["loss"]).hex(), float(s["grad_norm"]).hex()) for s in steps),
         evaluations=tuple((e["step"], float(e["metrics"]["loss"]).hex()) for e in lines if e["kind"] == "eval"),
