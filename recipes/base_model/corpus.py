@@ -17,6 +17,8 @@ from recipes.base_model.talk import TALK, Messages, chat
 from recipes.base_model.words import Draw
 
 TASKS = SKILLS | TALK
+SEED = 1
+DIGEST_ROWS = 1000  # that many rows tell one generator from another
 TEXT_SHARE = 0.3
 FOCUS = 10  # words of a kind in one row
 ROW_CHARACTERS = 780  # about 220 tokens
