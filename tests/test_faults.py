@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,9 +121,6 @@ def test_a_checkpoint_damaged_under_a_living_run_is_written_anew(tmp_path):
 
 
 def test_half_written_files_of_a_dead_process_go_and_those_of_a_living_one_stay(tmp_path):
-    import subprocess
-    import sys
-
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     names = {
@@ -227,3 +226,22 @@ def test_after_a_number_broke_a_stream_goes_on_at_the_step_that_was_not_made(tmp
     assert again.resume() == []
     assert (again.progress.step, again.loader.place) == (2, 2)
     assert again.run() == "completed"
+
+
+def test_the_second_signal_leaves_even_when_it_comes_in_the_middle_of_a_line(monkeypatch, capfd):
+    from deltune.training import signals
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+        flush = write
+
+    codes = []
+    monkeypatch.setattr(sys, "stderr", Busy())
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
+    request = signals.StopRequest(20.0)
+    request.signum = int(signal.SIGTERM)
+    request._handle(signal.SIGINT, None)
+    assert codes[0] == 128 + signal.SIGTERM
+    assert "asked again" in capfd.readouterr().err

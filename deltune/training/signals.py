@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,8 +38,9 @@ class StopRequest:
         if self.signum:
             # asked twice, or the grace period is over: the last whole checkpoint stands, leave without ceremony
             why = "the grace period is over" if signum == signal.SIGALRM else "asked again"
-            sys.stderr.write(f"deltune: {why}; stopping without another save\n")
-            sys.stderr.flush()
+            with suppress(OSError):
+                # not through sys.stderr, which the signal may have caught in the middle of a write
+                os.write(2, f"deltune: {why}; stopping without another save\n".encode())
             os._exit(128 + self.signum)
         if signum != signal.SIGALRM:
             self.signum = signum

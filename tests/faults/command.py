@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.faults.lab import PATIENCE_SECONDS, ROOT, Lab, Row, leftovers, logged_step, newest_step
 
@@ -31,7 +34,7 @@ LONG = PLAIN | {"train.steps": "200", "checkpoint.every": "1000", "eval.every": 
 
 @dataclass
 class Command:
-    """`deltune train ...` in a run folder of its own, started in a session of its own so that all of it can be killed."""
+    """`deltune train ...` in a run folder of its own."""
 
     place: Path
     words: list[str]
@@ -45,7 +48,7 @@ class Command:
         verb = ["train"] if self.processes == 1 else ["launch", "-n", str(self.processes), "train", "engine=ddp"]
         words = [sys.executable, "-m", "deltune.cli", *verb, *self.words, f"output={self.place / 'runs'}", "name=run"]
         with open(self.place / "log.txt", "ab") as log:
-            return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def said(self) -> str:
         return (self.place / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -57,12 +60,17 @@ class Command:
 
 
 def kill_all(process: subprocess.Popen) -> bool:
-    """kill -9 to every process of the session; whether it was still running."""
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, signal.SIGKILL)
+    """kill -9 to the process and all that it started; whether it was still running."""
+    if process.poll() is not None:
+        return False
+    # the launcher's processes have sessions of their own
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family)
     process.wait()
-    return running
+    return True
 
 
 def material(lab: Lab) -> list[str]:
@@ -138,16 +146,17 @@ def kills(lab: Lab, name: str, count: int, words: Words = PLAIN, processes: int 
     reference, seconds = undisturbed(lab, words, processes)
     while row.trials < count:
         run = command(lab, words, processes)
-        done = 0
+        done, problem = 0, None
         while done < min(MOST_PER_RUN, count - row.trials):
             process = run.start()
             wait_for(lambda run=run: run.owner() is not None, process)
             time.sleep(chance.uniform(0.0, seconds))
             if not kill_all(process):
+                problem = f"ended with {process.returncode} by itself: {run.said()[-1500:]}" if process.returncode else None
                 break
             done += 1
-        problem = to_the_end(run, reference)
-        for _ in range(done):
+        problem = problem or to_the_end(run, reference)
+        for _ in range(max(done, problem is not None)):
             row.count(problem)
     return row
 

@@ -36,11 +36,13 @@ def random_kills(lab: Lab, count: int, *, fresh: bool = False, seed: int = 0, **
             child = start(task)
             time.sleep(chance.uniform(0.0, length))
             if not child.kill():
+                code = child.wait()
+                problem = None if code == 0 else f"ended with {code} by itself: {said(task)[-1500:]}"
                 break
             kills += 1
             inside_a_save += any(name.startswith("checkpoints/") for name in leftovers(task.path))
-        problem = lab.to_the_end(task, reference)
-        for _ in range(kills):
+        problem = problem or lab.to_the_end(task, reference)
+        for _ in range(max(kills, problem is not None)):
             row.count(problem)
         if problem is None:
             lab.forget(task)
