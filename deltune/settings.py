@@ -22,6 +22,7 @@ from deltune.engines.config import ENGINES, EngineConfig, Single
 from deltune.errors import ConfigError
 from deltune.models.config import ModelConfig
 from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
+from deltune.optim.schedules import schedule as build_schedule
 from deltune.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
@@ -110,6 +111,11 @@ def _optimizer_rules(run: Run) -> Iterator[str]:
     if schedule.auto_warmup_steps == 0 and _changed(schedule, "auto_warmup_rate"):
         yield "schedule.auto_warmup_rate has no effect while schedule.auto_warmup_steps is 0"
     yield from _whole_if_count("schedule.warmup", schedule.warmup)
+    if run.train.steps is not None:  # with epochs the number of steps is known once the data is
+        try:
+            build_schedule(schedule, run.train.steps)
+        except ConfigError as error:
+            yield re.sub(r"=[^:]*:", "", str(error), count=1)  # "key=value: text" to "key text"
     if schedule.name == "wsd":
         yield from _whole_if_count("schedule.decay", schedule.decay)
 

@@ -290,3 +290,16 @@ def test_every_field_says_what_it_is_for_and_its_default_fits(cls):
         default = default_of(key.field)
         if default is not dataclasses.MISSING and default is not None and limits["choices"]:
             assert default in limits["choices"], key.dotted
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["train.steps=25", "schedule.warmup=100"], "schedule.warmup=100 (command line): the run has 25 steps"),
+        (["train.steps=25", "schedule=wsd", "schedule.warmup=10", "schedule.decay=20"], "schedule.decay=20 (command line): 20 steps of decay"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_steps_is_told_before_anything_is_loaded(words, said):
+    with pytest.raises(ConfigError) as caught:
+        load_run(words)
+    assert said in str(caught.value)
