@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from deltune.adapters.attach import attach, detach, disabled, merge
-    from deltune.adapters.files import load_adapter, save_adapter
-    from deltune.adapters.methods.lora import LoraConfig
-    from deltune.commands.train import train
-    from deltune.errors import DeltuneError
-    from deltune.models.api import load
-    from deltune.settings import Run
-    from deltune.training.callbacks import Callback, Outcome
+if TYPE_CHECKING:  # for editors; at run time the names come from __getattr__
+    from deltune.adapters.attach import attach, detach, disabled, merge, switch  # noqa: F401
+    from deltune.adapters.files import load_adapter, save_adapter  # noqa: F401
+    from deltune.adapters.methods.lora import LoraConfig  # noqa: F401
+    from deltune.commands.train import train  # noqa: F401
+    from deltune.errors import DeltuneError  # noqa: F401
+    from deltune.settings import Run  # noqa: F401
+    from deltune.training.callbacks import Callback, Outcome  # noqa: F401
 
 # public name -> module that holds it
 _PUBLIC = {
@@ -33,6 +32,7 @@ _PUBLIC = {
     "load_adapter": "deltune.adapters.files",
     "merge": "deltune.adapters.attach",
     "save_adapter": "deltune.adapters.files",
+    "switch": "deltune.adapters.attach",
     "train": "deltune.commands.train",
 }
 

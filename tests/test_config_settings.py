@@ -295,8 +295,8 @@ def test_every_field_says_what_it_is_for_and_its_default_fits(cls):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["train.steps=25", "schedule.warmup=100"], "schedule.warmup=100 (command line): the run has 25 steps"),
-        (["train.steps=25", "schedule=wsd", "schedule.warmup=10", "schedule.decay=20"], "schedule.decay=20 (command line): 20 steps of decay"),
+        (["train.steps=25", "schedule.warmup=100"], "schedule.warmup=100.0 (command line): the run has 25 steps"),
+        (["train.steps=25", "schedule=wsd", "schedule.warmup=10", "schedule.decay=20"], "schedule.decay=20.0 (command line): 20 steps of decay"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_steps_is_told_before_anything_is_loaded(words, said):
