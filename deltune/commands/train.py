@@ -366,9 +366,11 @@ class Session:
         from deltune.evaluation.exact import exact_match
         from deltune.models.generation import GenerateOptions
 
-        options = GenerateOptions(max_new_tokens=self.run.eval.max_new_tokens)
+        settings = self.run.eval
+        options = GenerateOptions(max_new_tokens=settings.max_new_tokens)
+        batch = settings.micro_batch or self.run.train.micro_batch
         with self.engine.autocast():
-            return exact_match(self.model, self.tokenizer, self.data.evaluation, options, limit=limit)
+            return exact_match(self.model, self.tokenizer, self.data.evaluation, options, limit=limit, batch=batch)
 
     def samples(self) -> list[dict[str, str]]:
         """The first few evaluation prompts with their answers by the weights as they are."""
