@@ -36,7 +36,7 @@ def hold(row: Row, trials: int) -> None:
 
 @pytest.mark.parametrize("variant", ["full", "lora"])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_another(lab, variant):
-    hold(kills.random_kills(lab, 5, variant=variant), 5)
+    hold(kills.random_kills(lab, 5, variant, variant=variant), 5)
 
 
 def one_of_each_kind():

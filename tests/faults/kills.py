@@ -20,11 +20,10 @@ from tests.faults.lab import Child, Lab, Row, difference, leftovers, newest_step
 MOST_PER_RUN = 5
 
 
-def random_kills(lab: Lab, count: int, *, fresh: bool = False, seed: int = 0, **settings: Any) -> Row:
+def random_kills(lab: Lab, count: int, what: str = "all weights", *, fresh: bool = False, seed: int = 0, **settings: Any) -> Row:
     """Kill at uniformly random times, start again, at most five times a run; `count` kills in all."""
     chance = random.Random(seed)
-    told = [str(value) for value in settings.values()] or ["all weights"]
-    row = Row(", ".join(["kill -9 at a random moment", *told, *(["started from nothing"] * fresh)]))
+    row = Row(f"kill -9 at a random moment, {what}")
     inside_a_save = runs = 0
     start = lab.start_fresh if fresh else lab.start
     while row.trials < count:
@@ -126,7 +125,7 @@ def number_of(lab: Lab, path: str) -> int:
 
 def kill_at_every_call(lab: Lab, name: str, prepare: Any, *, only: Any = None) -> Row:
     """Exhaustive: one run per point. `only(number, kind, path, phase)` picks among them."""
-    row = Row(f"kill -9 at every call of {name}")
+    row = Row(f"kill -9 at every call of {name}", exhaustive=only is None)
     calls = calls_of(lab, prepare)
     reference = lab.reference(lab.task(**SHORT))
     for number, phase in points(calls):
@@ -198,11 +197,12 @@ def kill_one_of_two(lab: Lab, count: int, seed: int = 0) -> Row:
 def run(lab: Lab, scale: float) -> Iterator[Row]:
     """All rows of this file. At scale 1: 300 random kills and more, and every call."""
     yield random_kills(lab, round(300 * scale))
-    yield random_kills(lab, round(60 * scale), variant="lora", seed=1)
-    yield random_kills(lab, round(30 * scale), nonfinite="skip", poison=("gradient", 8), seed=2)
-    yield random_kills(lab, round(30 * scale), nonfinite="rollback", poison=("batch", 8), seed=3)
-    yield random_kills(lab, round(30 * scale), fresh=True, seed=4)
+    yield random_kills(lab, round(60 * scale), "LoRA", variant="lora", seed=1)
+    yield random_kills(lab, round(30 * scale), "a step skipped", nonfinite="skip", poison=("gradient", 8), seed=2)
+    yield random_kills(lab, round(30 * scale), "a step rolled back", nonfinite="rollback", poison=("batch", 8), seed=3)
+    yield random_kills(lab, round(30 * scale), "each start from nothing", fresh=True, seed=4)
     stride = max(1, round(1 / scale))
     for name, prepare in (("a run", a_fresh_run), ("a run that takes up a damaged folder", a_run_that_takes_up)):
-        yield kill_at_every_call(lab, name, prepare, only=lambda number, kind, path, phase: number % stride == 0)
+        only = None if stride == 1 else lambda number, kind, path, phase: number % stride == 0
+        yield kill_at_every_call(lab, name, prepare, only=only)
     yield kill_one_of_two(lab, round(30 * scale))
