@@ -87,7 +87,7 @@ def facts(outcome: Any, stored_loss: float) -> dict[str, Any]:
         "vocabulary": tokenizer.VOCABULARY,
         "tokenizer_rows": TOKENIZER_ROWS,
         "steps": outcome.step,
-        "minutes": outcome.seconds / 60,
+        "passes": max(record["epoch"] for record in records if record["kind"] == "step"),
         "device": device["name"],
         "precision": {"fp32": "float32", "bf16": "bfloat16 under autocast"}[device["precision"]],
         "training_loss": sum(last) / len(last),

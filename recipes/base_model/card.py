@@ -34,10 +34,10 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 | | |
 |---|---|
-| corpus | `recipes/base_model/corpus.py`, seed {seed}, {num_rows:,} rows, {num_tokens:,} tokens, seen once |
+| corpus | `recipes/base_model/corpus.py`, seed {seed}, {num_rows:,} rows, {num_tokens:,} tokens, {passes:.2g} passes |
 | sha256 of its first {digest_rows:,} rows | `{digest}` |
 | tokenizer | byte-level BPE, {vocabulary:,} tokens, learned on the first {tokenizer_rows:,} rows and the corpus's words |
-| training | `deltune train recipes/base_model/train.yaml`: {steps:,} steps from random weights, {minutes:.0f} minutes |
+| training | `deltune train recipes/base_model/train.yaml`: {steps:,} steps from random weights |
 | computed | {device}, {precision} |
 | training loss, mean of the last 100 steps | {training_loss:.4f} |
 | loss on {num_eval_rows} rows of seed {eval_seed} | {eval_loss:.4f} at the end of training, {stored_loss:.4f} as stored |

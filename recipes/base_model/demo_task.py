@@ -1,7 +1,9 @@
-"""The bundled demo task: a request in plain English becomes one line of JSON. No word of an evaluation device or room is in a training row.
+"""The bundled demo task: a request in plain English becomes a terse command. No word of an evaluation device or room is in a training row.
 
-The base model has met every word in other texts, agrees to such requests in a whole sentence, and knows JSON as a
-notation; it has never seen these keys nor a request answered this way.
+    Could you turn off the desk lamp in the studio?  ->  action: turn_off; device: desk lamp; room: studio
+
+The base model has met every word in other texts and agrees to such requests in a whole sentence; it has never seen a
+request answered this way. Words keep the space before them, so that they are the same tokens in question and answer.
 """
 
 from __future__ import annotations
@@ -56,15 +58,15 @@ def command(draw: Draw, devices: tuple[str, ...], rooms: tuple[str, ...]) -> dic
         deeds = SET
     said = draw.pick(tuple(deeds))
     value = draw.number(10, 99)
-    answer: dict[str, str | int] = {"action": deeds[said], "device": device, "room": room}
+    answer = {"action": deeds[said], "device": device, "room": room}
     if "{value}" in said:
-        answer["value"] = value
+        answer["value"] = str(value)
     deed = said.format(device, value=value)
     if draw.chance(0.2):
         prompt = draw.pick(ROOM_FIRST).format(room, deed)
     else:
         prompt = draw.pick(FRAMES).format(f"{deed} in the {room}")
-    return {"prompt": prompt[0].upper() + prompt[1:], "completion": json.dumps(answer)}
+    return {"prompt": prompt[0].upper() + prompt[1:], "completion": "; ".join(f"{key}: {text}" for key, text in answer.items())}
 
 
 def rows_of(name: str, count: int, devices: tuple[str, ...], rooms: tuple[str, ...]) -> list[dict[str, str]]:
