@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 ATTAINED = 0.7  # of a tabled peak, by large products and plain kernels alike
 
 
+def arithmetic(precision: str, weights: torch.dtype) -> torch.dtype:
+    """The type that matrices are multiplied in: the weights' own with fp32, else autocast's."""
+    return weights if precision == "fp32" else PRECISIONS[precision]
+
+
 def device_peak_flops(device: torch.device, dtype: torch.dtype | str) -> float:
     """Peak FLOP/s of one device in a type or engine precision: tabled by name for GPUs, else a product timed here (0.2 s)."""
     dtype = PRECISIONS[dtype] if isinstance(dtype, str) else dtype
@@ -131,13 +136,14 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 
     return 2.0 * size**3 / _best_seconds(lambda: (a @ a)[0, 0].item(), seconds)
 
 
-def _best_seconds(action: Any, seconds: float) -> float:
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < deadline or best == float("inf"):
+def _best_seconds(action: Callable[[], Any], seconds: float, at_least: int = 5) -> float:
+    """The shortest time of an action, tried for so many seconds: what else the machine does only makes it longer."""
+    found, deadline = [], time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(found) < at_least:
         began = time.perf_counter()
         action()
-        best = min(best, time.perf_counter() - began)
-    return best
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,11 @@ def _measured_bandwidth(device: torch.device, num_bytes: int = 1 << 25) -> float
     return 2 * num_bytes / _best_seconds(copy, 0.1)
 
 
+PYTHON = 4  # the time that a model's own Python takes around an operation, in operations that have nothing to compute
+
+
 def _seconds_per_kernel(number: int = 200) -> float:
-    """What Python, torch and autograd spend on an operation that has nearly nothing to compute."""
+    """What Python, torch and autograd spend on an operation of a model, however small it is."""
     x = torch.ones(8, requires_grad=True)
 
     def chain() -> None:
@@ -195,4 +204,4 @@ def _seconds_per_kernel(number: int = 200) -> float:
             y = y * 1.0
         y.sum().backward()
 
-    return _best_seconds(chain, 0.05) / (2 * number)
+    return PYTHON * _best_seconds(chain, 0.05) / (2 * number)

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from deltune.errors import ModelError
 
+SMALL = 1 << 25  # bytes of the largest block that glibc keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 PARTS = ("gradients", "weight_copies", "activations", "logits")
 
 
@@ -42,6 +43,7 @@ class StepAccount:
     """One micro-batch, forward and backward. Bytes at the moment when most are held, beside weights and optimizer state."""
 
     parts: dict[str, int]  # part of PARTS -> bytes
+    small_bytes: int  # of them in blocks that a C library takes from its heap rather than from the system
     forward: tuple[Kernel, ...]
     backward: tuple[Kernel, ...]
 
@@ -95,7 +97,7 @@ def dry_run(
         for parameter in parameters:
             parameter.grad = None
     forward = account.num_forward
-    return StepAccount(dict(account.at_peak), tuple(account.kernels[:forward]), tuple(account.kernels[forward:]))
+    return StepAccount(dict(account.at_peak), account.small_at_peak, tuple(account.kernels[:forward]), tuple(account.kernels[forward:]))
 
 
 def _recompute(model: nn.Module, contexts: Callable[[], Any]) -> None:
@@ -145,6 +147,7 @@ class _Account(TorchDispatchMode):
         self.alive: dict[int, weakref.ref] = {}
         self.held = dict.fromkeys(PARTS, 0)
         self.at_peak = dict(self.held)
+        self.small = self.small_at_peak = 0
 
     def forward_is_done(self) -> None:
         self.num_forward = len(self.kernels)
@@ -188,11 +191,13 @@ class _Account(TorchDispatchMode):
         def end(_: Any) -> None:
             del self.alive[key]
             self.held[part] -= size
+            self.small -= size if size <= SMALL else 0
 
         self.alive[key] = weakref.ref(storage, end)
         self.held[part] += size
+        self.small += size if size <= SMALL else 0
         if sum(self.held.values()) > sum(self.at_peak.values()):
-            self.at_peak = dict(self.held)
+            self.at_peak, self.small_at_peak = dict(self.held), self.small
 
 
 def _storage(tensor: Tensor) -> int:

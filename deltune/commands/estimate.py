@@ -1,0 +1,211 @@
+"""What a run will need: memory by part, time and disk, from the model's shapes and the data's lengths. Touches no weights."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
+from deltune.engines.engine import AUTOCAST
+from deltune.models.cost import Speed, arithmetic, device_speed
+from deltune.models.dry_run import dry_run
+from deltune.optim.build import MOMENTS, state_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltune.settings import Run
+
+ON_DEVICE = 5e8  # CUDA's context and libraries, about; the allocator does not count them
+
+
+def shapes_of(run: Run) -> PreTrainedModel:
+    """The run's model on the meta device with its adapter attached, or its trainable parameters chosen.
+
+    Attention that runs compiled kernels only is replaced by torch's own, which keeps as much.
+    """
+    from deltune.models.load import empty
+    from deltune.models.select import select_trainable
+
+    compiled = run.model.attention in ("flash_attention_2", "flex_attention")
+    model = empty(replace(run.model, attention="sdpa") if compiled else run.model)
+    if run.adapter is None:
+        select_trainable(model, run.model.enable, run.model.disable)
+    else:
+        from deltune.adapters.attach import attach
+
+        attach(model, run.adapter)
+    return model
+
+
+def shapes_for(run: Run, found: Survey) -> MicroBatches:
+    """The run's micro-batches; where there are fewer examples than one holds, of all of them."""
+    size = min(run.train.micro_batch, found.examples_per_epoch)
+    return micro_batches(found, size, by_length=run.data.group_by_length)
+
+
+def trained_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the worst moment of a step. `heap` is what glibc may keep of blocks that were freed: as much
+    again as the small ones, by trials."""
+
+    parts: dict[str, float]
+    heap: float
+
+    @property
+    def least(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def most(self) -> float:
+        return self.least + self.heap
+
+
+def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: torch.device) -> Memory:
+    """The largest micro-batch of the run: `shapes.size` examples, one of them the longest there is."""
+    account = dry_run(
+        model, batch=shapes.size, seq=shapes.longest, trained=shapes.most_trained, padded=shapes.padding > 0,
+        device=device.type, autocast=AUTOCAST.get(run.engine.precision), recompute=run.model.gradient_checkpointing,
+        accumulate=run.train.accumulate > 1,
+    )  # fmt: skip
+    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts: dict[str, float] = {"weights": stored, "optimizer state": state_bytes(parameters, run.optim)}
+    parts |= {name.replace("_", " "): size for name, size in account.parts.items()}
+    if device.type == "cpu":
+        import psutil
+
+        parts["program"] = psutil.Process().memory_info().rss
+    else:
+        parts["device context, about"] = ON_DEVICE
+    return Memory(parts, float(account.small_bytes) if device.type == "cpu" and sys.platform == "linux" else 0.0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process could have: what is free, and what it holds already."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Iterator[tuple[str, Memory]]:
+    """Changes of the run, as words of a command line, after which it fits into `free` bytes: the mildest of each kind."""
+
+    def needed(changed: Run) -> Memory:
+        limit = changed.data.max_length
+        clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
+        return memory_of(changed, shapes_of(changed), shapes_for(changed, clipped), device)
+
+    for kind in (_smaller_batches(run), _recomputing(run), _lighter_weights(run), _shorter_examples(run, found), _adapter(run)):
+        changes = list(kind)  # from the mildest, which needs most, to the strictest
+        mildest = bisect_left(changes, True, key=lambda change: needed(change[1]).most <= free)
+        if mildest < len(changes):
+            words, changed = changes[mildest]
+            yield words, needed(changed)
+
+
+def _smaller_batches(run: Run) -> Iterator[tuple[str, Run]]:
+    """Fewer examples at once and as many in a step, so that the numbers stay the same."""
+    train = run.train
+    for size in range(train.micro_batch // 2, 0, -1):
+        if train.micro_batch % size == 0:
+            accumulate = train.accumulate * train.micro_batch // size
+            changed = replace(run, train=replace(train, micro_batch=size, accumulate=accumulate))
+            yield f"train.micro_batch={size} train.accumulate={accumulate}", changed
+
+
+def _recomputing(run: Run) -> Iterator[tuple[str, Run]]:
+    if run.model.gradient_checkpointing:
+        return
+    changed, words = replace(run, model=replace(run.model, gradient_checkpointing=True)), "model.gradient_checkpointing=true"
+    yield words, changed
+    for more, smaller in _smaller_batches(changed):
+        yield f"{words} {more}", smaller
+
+
+def _lighter_weights(run: Run) -> Iterator[tuple[str, Run]]:
+    if run.model.dtype in ("auto", "float32") and run.engine.precision == "fp32":
+        yield "model.dtype=bfloat16", replace(run, model=replace(run.model, dtype="bfloat16"))
+
+
+def _shorter_examples(run: Run, found: Survey) -> Iterator[tuple[str, Run]]:
+    for limit in reversed(ROUND):
+        if limit < found.lengths.max():
+            yield f"data.max_length={limit}", replace(run, data=replace(run.data, max_length=limit))
+
+
+def _adapter(run: Run) -> Iterator[tuple[str, Run]]:
+    if run.adapter is None and not run.model.enable and not run.model.disable:
+        from deltune.adapters.config import ADAPTERS
+
+        yield "adapter=lora", replace(run, adapter=ADAPTERS.resolve("lora")())
+
+
+# -- time -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds."""
+
+    step: float
+    evaluation: float  # one pass over the evaluation data, without generating
+    num_evaluations: int
+    speed: Speed
+
+    def total(self, num_steps: int) -> float:
+        return num_steps * self.step + self.num_evaluations * self.evaluation
+
+
+def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatches, num_steps: int, device: torch.device) -> Time:
+    """A mean step by the roofline of every kernel, and the optimizer's passes over what it moves."""
+    seq = max(2, round(shapes.seq))
+    account = dry_run(
+        model, batch=shapes.size, seq=seq, trained=max(1, min(round(shapes.trained), shapes.size * (seq - 1))),
+        padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(run.engine.precision),
+        recompute=run.model.gradient_checkpointing,
+    )  # fmt: skip
+    speed = device_speed(device, {arithmetic(run.engine.precision, p.dtype) for p in model.parameters()})
+    moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written
+    step = run.train.accumulate * speed.seconds((*account.forward, *account.backward)) + moved / speed.bytes_per_second
+    share = found.num_evaluation * found.evaluation_length / (shapes.size * shapes.seq)  # of a micro-batch's forward pass
+    during = num_steps // run.eval.every if run.eval.every else 0
+    num_evaluations = (during + run.eval.at_start + 1) if found.num_evaluation else 0
+    return Time(step, share * speed.seconds(account.forward), num_evaluations, speed)
+
+
+# -- disk -------------------------------------------------------------------------------------------------------
+
+
+def disk_of(run: Run, model: PreTrainedModel, num_steps: int) -> dict[str, float]:
+    """Bytes below the run's folder at its end."""
+    trained, parameters = trained_bytes(model), [p for p in model.parameters() if p.requires_grad]
+    one = trained + state_bytes(parameters, run.optim)
+    saved = 1 + (num_steps // run.checkpoint.every if run.checkpoint.every else 0)
+    kept = min(saved, run.checkpoint.save_total_limit + 1)  # the best one besides
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {f"checkpoints, {kept} of {saved}": kept * one, "model" if run.adapter is None else "adapter": whole if run.adapter is None else trained}
+
+
+def free_disk(folder: Path) -> float:
+    """Bytes free where a folder is, or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return float(shutil.disk_usage(place).free)

@@ -1,0 +1,217 @@
+"""`deltune plan`: what a training run would be and need, by the same words as `deltune train`. Touches no weights.
+
+Parameters, examples and steps are exact, unless data is too large to be tokenised at once; memory, time and disk are
+estimates, and say from what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltune import log
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from deltune.commands.estimate import Memory, Time
+    from deltune.commands.survey import MicroBatches, Survey
+    from deltune.settings import Run
+
+NUM_REMEDIES = 3
+MUCH_PADDING, MANY_CUT = 0.4, 0.05  # shares worth a word
+HEAP_REMEDY = "MALLOC_MMAP_THRESHOLD_=1000000 in the environment"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the page is written from."""
+
+    run: Run
+    model: PreTrainedModel
+    found: Survey
+    shapes: MicroBatches
+    num_steps: int
+    device: torch.device
+    memory: Memory
+    free: float
+    time: Time
+    disk: dict[str, float]
+
+
+def main(words: list[str], file: Path | None) -> int:
+    """The verb."""
+    from deltune.settings import load_run
+
+    run = load_run(words, file)
+    log.set_up()
+    plan = make(run)
+    print("\n".join(page(plan)))
+    return 0
+
+
+def make(run: Run) -> Plan:
+    """Work out a run. Raises what training would raise before its first step, as far as no weights are needed for it."""
+    import torch
+
+    from deltune.commands import estimate
+    from deltune.commands.survey import survey
+    from deltune.engines.engine import pick_device
+    from deltune.models.load import check_pair, load_tokenizer
+    from deltune.optim.groups import parameter_groups
+    from deltune.optim.schedules import schedule
+
+    device = pick_device(run.engine.device)
+    if run.engine.threads is not None:
+        torch.set_num_threads(run.engine.threads)  # what is timed here then holds there
+    model = estimate.shapes_of(run)
+    tokenizer = load_tokenizer(run.model)
+    check_pair(model.config, tokenizer)
+    parameter_groups(model.named_parameters(), run.optim)
+    found = survey(run.data, tokenizer)
+    num_steps = steps_of(run, found)
+    schedule(run.schedule, num_steps)
+    shapes = estimate.shapes_for(run, found)
+    return Plan(
+        run, model, found, shapes, num_steps, device, estimate.memory_of(run, model, shapes, device),
+        estimate.free_memory(device), estimate.time_of(run, model, found, shapes, num_steps, device),
+        estimate.disk_of(run, model, num_steps),
+    )  # fmt: skip
+
+
+def steps_of(run: Run, found: Survey) -> int:
+    """Optimizer steps of one process."""
+    if run.train.steps is not None:
+        return run.train.steps
+    num_examples = max(1, round((run.train.epochs or 1.0) * found.examples_per_epoch))
+    return -(-num_examples // (run.train.micro_batch * run.train.accumulate))
+
+
+# -- the page ---------------------------------------------------------------------------------------------------
+
+
+def page(plan: Plan) -> Iterator[str]:
+    """The plan, line by line."""
+    yield "# the whole config, every default included"
+    yield plan.run.to_yaml().rstrip()
+    for title, lines in (
+        ("Parameters", parameters(plan)), ("Data", data(plan)), ("Steps", steps(plan)), (f"Memory ({plan.device})", memory(plan)),
+        ("Time", time(plan)), ("Disk", disk(plan)), ("Look at", list(warnings(plan))),
+    ):  # fmt: skip
+        if lines:
+            yield from ("", title, *(f"  {line}" for line in lines))
+
+
+def parameters(plan: Plan) -> list[str]:
+    from deltune.models.select import parameter_table
+    from deltune.training.display import aligned, count
+
+    rows = parameter_table(plan.model)
+    total = {"module": "all", **{key: sum(row[key] for row in rows) for key in ("tensors", "trainable", "total")}}
+    cells = [[row["module"], f"{row['tensors']:,}", f"{row['trainable']:,}", f"{row['total']:,}"] for row in (*rows, total)]
+    share = 100 * total["trainable"] / total["total"]
+    return [*aligned([["module", "tensors", "trainable", "total"], *cells]), f"{count(total['trainable'])} of {count(total['total'])} are trained ({share:.2g} %)"]
+
+
+def data(plan: Plan) -> list[str]:
+    found = plan.found
+    about = "about " if found.sampled else ""
+    lines = [f"{source.name}: {source.format}, template {source.template}" for report in found.reports for source in report.sources]
+    lines.append(f"{about}{found.num_rows:,} rows give {about}{found.examples_per_epoch:,} examples an epoch")
+    if found.num_evaluation:
+        lines.append(f"{about}{found.num_evaluation:,} examples for evaluation, {found.evaluation_length:.0f} tokens on average")
+    lines.append(f"an example has {found.mean_length:.0f} tokens, {found.mean_trained:.0f} of them trained; the longest has {found.lengths.max():,}")
+    if found.sampled:
+        from deltune.commands.survey import SAMPLE_ROWS
+
+        lines.append(f"(told from the first {SAMPLE_ROWS:,} rows of each source; the longest may be longer)")
+    return lines
+
+
+def steps(plan: Plan) -> list[str]:
+    train, shapes = plan.run.train, plan.shapes
+    batch = train.micro_batch * train.accumulate
+    epochs = plan.num_steps * batch / plan.found.examples_per_epoch
+    about = "about " if plan.found.sampled and train.steps is None else ""
+    lines = [
+        f"{about}{plan.num_steps:,} steps of {batch:,} examples ({train.micro_batch} x {train.accumulate}), {epochs:.3g} epochs",
+        f"a micro-batch is {shapes.size} x {shapes.seq:.0f} tokens, {shapes.padding:.0%} of them padding; at most {shapes.size} x {shapes.longest:,}",
+    ]
+    if plan.run.engine.name == "ddp":
+        lines.append("for one process; with deltune launch -n N a step has N times as many examples, and there are that many steps fewer")
+    return lines
+
+
+def memory(plan: Plan) -> list[str]:
+    from deltune.training.display import aligned
+    from deltune.training.display import memory as written
+
+    found = plan.memory
+    rows = [[name, written(size)] for name, size in found.parts.items() if size]
+    rows.append(["together, at the worst moment", written(found.least)])
+    lines = aligned(rows)
+    if found.heap:
+        lines.append(f"the C library's heap can keep up to {written(found.heap)} more, so at most {written(found.most)}")
+    lines.append(f"free here: {written(plan.free)}")
+    return lines
+
+
+def time(plan: Plan) -> list[str]:
+    from deltune.training.display import duration
+
+    found = plan.time
+    lines = [f"about {duration(found.total(plan.num_steps))}: {plan.num_steps:,} steps of {duration(found.step)}"]
+    if found.num_evaluations:
+        lines[0] += f", {found.num_evaluations} evaluations of {duration(found.evaluation)}"
+    if plan.run.eval.exact_match and found.num_evaluations:
+        lines.append("not counted: generating the answers that eval.exact_match compares")
+    lines.append(f"an estimate, right within a factor of two; the device: {found.speed.origin}")
+    return lines
+
+
+def disk(plan: Plan) -> list[str]:
+    from deltune.commands.estimate import free_disk
+    from deltune.training.display import memory as written
+
+    parts = ", ".join(f"{name} {written(size)}" for name, size in plan.disk.items())
+    return [f"{parts}, in {plan.run.folder}", f"free there: {written(free_disk(plan.run.folder))}"]
+
+
+# -- what to look at --------------------------------------------------------------------------------------------
+
+
+def warnings(plan: Plan) -> Iterator[str]:
+    """What is likely to go wrong, each with words that mend it."""
+    from deltune.commands.estimate import free_disk
+    from deltune.training.display import memory as written
+
+    if plan.memory.most > plan.free:
+        yield from _too_large(plan)
+    if sum(plan.disk.values()) > free_disk(plan.run.folder):
+        yield f"the disk has less free than the {written(sum(plan.disk.values()))} that the run leaves: checkpoint.save_total_limit, or output=another folder"
+    cut = sum(report.truncated for report in plan.found.reports) / max(1, sum(report.used for report in plan.found.reports))
+    if cut > MANY_CUT:
+        yield f"{cut:.0%} of the rows are cut to data.max_length={plan.run.data.max_length}: a larger one keeps them whole"
+    lost = sum(report.rejected + report.overlong for report in plan.found.reports)
+    if lost:
+        yield f"{lost:,} of the rows looked at cannot be used: deltune preview names the first"
+    if plan.shapes.padding > MUCH_PADDING and not plan.run.data.group_by_length and not plan.run.data.streaming:
+        yield f"{plan.shapes.padding:.0%} of the work is padding: data.group_by_length=true puts examples of like length together"
+
+
+def _too_large(plan: Plan) -> Iterator[str]:
+    from deltune.commands.estimate import fitting
+    from deltune.training.display import memory as written
+
+    surely = "needs" if plan.memory.least > plan.free else "may need"
+    yield f"the run {surely} {written(plan.memory.most)} of memory, and {written(plan.free)} are free. What fits:"
+    remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(plan.run, plan.found, plan.device, plan.free), NUM_REMEDIES)]
+    if plan.memory.least <= plan.free:
+        remedies.insert(0, f"  {HEAP_REMEDY}  ({written(plan.memory.least)}, some time)")
+    yield from remedies[:NUM_REMEDIES] or ["  nothing that leaves model and data as they are; a smaller model, or a larger device"]
+
+
