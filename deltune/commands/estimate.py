@@ -87,12 +87,17 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
     parts: dict[str, float] = {"weights": stored, "optimizer state": state_bytes(parameters, run.optim)}
     parts |= {name.replace("_", " "): size for name, size in account.parts.items()}
     if device.type == "cpu":
-        import psutil
-
-        parts["program"] = psutil.Process().memory_info().rss
+        parts["program"] = held_now()
     else:
         parts["device context, about"] = ON_DEVICE
     return Memory(parts, float(account.small_bytes) if device.type == "cpu" and sys.platform == "linux" else 0.0)
+
+
+def held_now() -> float:
+    """Bytes of this process: Python and the libraries, which training loads too."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
 
 
 def free_memory(device: torch.device) -> float:
@@ -101,7 +106,7 @@ def free_memory(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+    return float(psutil.virtual_memory().available) + held_now()
 
 
 def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Iterator[tuple[str, Memory]]:
