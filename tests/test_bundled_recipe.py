@@ -68,8 +68,8 @@ def test_a_draw_with_focus_keeps_to_few_words():
 
 
 def fields(completion: str) -> dict[str, str]:
-    """`action: turn_on; room: hall` as a mapping."""
-    return dict(part.split(": ") for part in completion.split("; "))
+    """`action: turn_on, room: hall` as a mapping."""
+    return dict(part.split(": ") for part in completion.split(", "))
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
@@ -94,7 +94,7 @@ def test_answers_say_what_the_request_says():
     for row in shipped("train") + shipped("eval"):
         answer, prompt = fields(row["completion"]), row["prompt"].lower()
         assert f"the {answer['device']}" in prompt and f"the {answer['room']}" in prompt
-        assert ("value" in answer) == bool(re.search(r"\d", prompt))
+        assert ("number" in answer) == bool(re.search(r"\d", prompt))
         assert set(answer["action"].split("_")) <= said_words([prompt]) | {"turn", "close"}
 
 
@@ -102,7 +102,18 @@ def test_the_corpus_holds_the_words_of_the_task_and_not_its_answers():
     rows = [json.dumps(row, ensure_ascii=False) for row in corpus.rows(corpus.SEED, 3000)]
     met = said_words(rows)
     assert {word for name in demo_task.EVAL_DEVICES + demo_task.EVAL_ROOMS for word in name.split()} <= met
-    assert not [row for row in rows if re.search(r"action: |; (device|room|value): ", row)]
+    assert not [row for row in rows if re.search(r"\b(action|device)(: |=|\\\":)", row)]
+
+
+def test_every_token_of_the_task_was_met_in_the_corpus():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = corpus.rows(corpus.SEED, 1500)
+    said = [text for row in rows for text in ([row["text"]] if "text" in row else [m["content"] for m in row["messages"]])]
+    met = {i for ids in tokenizer(said, add_special_tokens=False)["input_ids"] for i in ids}
+    task = {i for name in ("train", "eval") for row in shipped(name) for text in row.values() for i in tokenizer.encode(text, add_special_tokens=False)}
+    assert not tokenizer.convert_ids_to_tokens(sorted(task - met))
 
 
 def test_the_recipe_imports_no_text_from_elsewhere():

@@ -76,6 +76,7 @@ def facts(outcome: Any, stored_loss: float) -> dict[str, Any]:
     records = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in records if record["kind"] == "start")
     last = [record["loss"] for record in records if record["kind"] == "step" and record["step"] > outcome.step - 100]
+    resumed = [f"step {record['step']:,}" for record in records if record["kind"] == "event" and record["message"].startswith("resumed")]
     device = start["description"]["device"]
     return {
         "num_parameters": start["num_parameters"],
@@ -88,6 +89,7 @@ def facts(outcome: Any, stored_loss: float) -> dict[str, Any]:
         "tokenizer_rows": TOKENIZER_ROWS,
         "steps": outcome.step,
         "passes": max(record["epoch"] for record in records if record["kind"] == "step"),
+        "resumed": ", ".join(resumed) or "nothing: one run without a break",
         "device": device["name"],
         "precision": {"fp32": "float32", "bf16": "bfloat16 under autocast"}[device["precision"]],
         "training_loss": sum(last) / len(last),
@@ -102,8 +104,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     corpus.write(WORK / "corpus", SEED, NUM_ROWS)
     evaluation = corpus.write(WORK / "corpus-eval", EVAL_SEED, NUM_EVAL_ROWS)
-    if not (WORK / "start" / "config.json").exists():
-        write_start(WORK / "start")
+    write_start(WORK / "start")
     outcome = train()
     install(outcome.adapter, MODEL)
     demo_task.write(TASK)

@@ -16,10 +16,10 @@ pipeline_tag: text-generation
 
 # Deltune's base model
 
-A toy for demonstrations and tests: a Llama of {num_parameters:,} parameters that knows about a thousand English words,
-small numbers, lists, spelling and JSON. It was trained by Deltune itself on text that a generator in the repository
-writes; no downloaded text is in it. It answers tasks of the kinds below and little else, and what it says about the
-world is not to be relied on.
+A toy for demonstrations and tests: a Llama of {num_parameters:,} parameters with a vocabulary of about a thousand English
+words. It was trained by Deltune itself on text that a generator in the repository writes; no downloaded text is in it.
+It copies, quotes, joins and lists words, and agrees to requests. It is weak at arithmetic, spelling and facts, as the
+table below shows: nothing that it says of the world is to be relied on.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +38,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 | sha256 of its first {digest_rows:,} rows | `{digest}` |
 | tokenizer | byte-level BPE, {vocabulary:,} tokens, learned on the first {tokenizer_rows:,} rows and the corpus's words |
 | training | `deltune train recipes/base_model/train.yaml`: {steps:,} steps from random weights |
+| continued from a checkpoint after | {resumed} |
 | computed | {device}, {precision} |
 | training loss, mean of the last 100 steps | {training_loss:.4f} |
 | loss on {num_eval_rows} rows of seed {eval_seed} | {eval_loss:.4f} at the end of training, {stored_loss:.4f} as stored |

@@ -1,9 +1,11 @@
 """The bundled demo task: a request in plain English becomes a terse command. No word of an evaluation device or room is in a training row.
 
-    Could you turn off the desk lamp in the studio?  ->  action: turn_off; device: desk lamp; room: studio
+    Could you turn off the desk lamp in the studio?  ->  action: turn_off, device: desk lamp, room: studio
 
 The base model has met every word in other texts and agrees to such requests in a whole sentence; it has never seen a
 request answered this way. Words keep the space before them, so that they are the same tokens in question and answer.
+Every token of the task occurs in the corpus: an adapter moves no embeddings, and tokens that pretraining never met all
+have nearly the same one, so that the model could hardly tell them apart.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ TURNED = {"turn on the {}": "turn_on", "turn off the {}": "turn_off", "switch on
           "turn the {} on": "turn_on", "turn the {} off": "turn_off"}  # fmt: skip
 MOVED = {"open the {}": "open", "close the {}": "close", "shut the {}": "close", "lock the {}": "lock", "unlock the {}": "unlock"}
 SET = {"set the {} to {value} degrees": "set"}
-DIMMED = {"dim the {} to {value} percent": "dim"}
+DIMMED = {"dim the {} to {value}": "dim"}
 FRAMES = (
     "Please {}.", "{}.", "{}, please.", "Could you {}?", "Can you {}, please?", "Would you {}?", "I want you to {}.",
     "I would like you to {}.", "Hey, {}!", "{}, thank you.", "We need you to {}.",
@@ -60,13 +62,13 @@ def command(draw: Draw, devices: tuple[str, ...], rooms: tuple[str, ...]) -> dic
     value = draw.number(10, 99)
     answer = {"action": deeds[said], "device": device, "room": room}
     if "{value}" in said:
-        answer["value"] = str(value)
+        answer["number"] = str(value)
     deed = said.format(device, value=value)
     if draw.chance(0.2):
         prompt = draw.pick(ROOM_FIRST).format(room, deed)
     else:
         prompt = draw.pick(FRAMES).format(f"{deed} in the {room}")
-    return {"prompt": prompt[0].upper() + prompt[1:], "completion": "; ".join(f"{key}: {text}" for key, text in answer.items())}
+    return {"prompt": prompt[0].upper() + prompt[1:], "completion": ", ".join(f"{key}: {text}" for key, text in answer.items())}
 
 
 def rows_of(name: str, count: int, devices: tuple[str, ...], rooms: tuple[str, ...]) -> list[dict[str, str]]:
