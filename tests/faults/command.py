@@ -79,6 +79,9 @@ def material(lab: Lab) -> list[str]:
 
     model, rows, held_out = (lab.folder / name for name in ("model", "rows.jsonl", "held-out.jsonl"))
     if not model.exists():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         save_tiny(model)
         chance = random.Random(0)
         sums = [(chance.randrange(100), chance.randrange(100)) for _ in range(80)]
