@@ -60,7 +60,7 @@ def stale_lock(lab: Lab, count: int, seed: int = 0) -> Row:
 
 def lock_outlives_no_child(lab: Lab) -> Row:
     """A run's own child process that lives on, as a data loader's may, does not keep the folder."""
-    row = Row("the owner is killed and a process that it forked lives on")
+    row = Row("the owner is killed and a process that it forked lives on", listed=True)
     task = lab.task()
     reference = lab.reference(task)
     child = lab.start(replace(task, step_seconds=0.02, forks=True))

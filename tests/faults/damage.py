@@ -188,7 +188,7 @@ FALLS_BACK: dict[str, Callable[[Path], None]] = {
 
 def through_a_run(lab: Lab, names: list[str]) -> Row:
     """The same by the way that users meet it: the run goes on from the older checkpoint and says so."""
-    row = Row("a damaged newest checkpoint, through a run")
+    row = Row("a damaged newest checkpoint, through a run", listed=True)
     reference = lab.reference(lab.task(**SETTINGS))
     for name in names:
         task = stopped_run(lab)
@@ -203,7 +203,7 @@ def through_a_run(lab: Lab, names: list[str]) -> Row:
 
 def nothing_whole(lab: Lab) -> Row:
     """Both checkpoints damaged: starting over in silence would throw the work away, so it is refused, and nothing moves."""
-    row = Row("no checkpoint left whole")
+    row = Row("no checkpoint left whole", listed=True)
     for damage in (swap_files, lambda folder: (flip("state.json")(folder), cut_the_older(folder))):
         task = stopped_run(lab)
         damage(task.path / "checkpoints")

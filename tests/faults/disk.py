@@ -35,7 +35,7 @@ def refusal(task: Any, code: int | None, text: str) -> str | None:
 
 def small_files(lab: Lab, limits_kib: list[int]) -> Row:
     """The largest file of a checkpoint does not fit."""
-    row = Row("file size limit (EFBIG) in a save")
+    row = Row("file size limit (EFBIG) in a save", listed=True)
     reference = lab.reference(lab.task(**SETTINGS))
     for limit in limits_kib:
         task = lab.task(**SETTINGS)
@@ -57,7 +57,7 @@ def can_mount(folder: Path) -> bool:
 
 def full_disk(lab: Lab, sizes_kib: list[int]) -> Row:
     """A file system of so many KiB fills up somewhere in the run; it is made larger, and the run goes on."""
-    row = Row("disk full (tmpfs), then made larger")
+    row = Row("disk full (tmpfs), then made larger", listed=True)
     if not can_mount(lab.folder / "mount"):
         row.note = "not tried: mounting needs root"
         return row

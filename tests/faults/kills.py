@@ -125,7 +125,7 @@ def number_of(lab: Lab, path: str) -> int:
 
 def kill_at_every_call(lab: Lab, name: str, prepare: Any, *, only: Any = None) -> Row:
     """Exhaustive: one run per point. `only(number, kind, path, phase)` picks among them."""
-    row = Row(f"kill -9 at every call of {name}", exhaustive=only is None)
+    row = Row(f"kill -9 at every call of {name}", listed=only is None)
     calls = calls_of(lab, prepare)
     reference = lab.reference(lab.task(**SHORT))
     for number, phase in points(calls):

@@ -34,7 +34,7 @@ class Row:
     refused: int = 0
     failures: list[str] = field(default_factory=list)
     note: str = ""
-    exhaustive: bool = False  # the trials are all cases there are, not a sample
+    listed: bool = False  # the trials go through a list of cases instead of drawing at random
 
     def count(self, problem: str | None, *, refused: bool = False) -> None:
         """One trial: `problem` is None if it ended as it should."""
@@ -49,8 +49,8 @@ class Row:
     @property
     def bound(self) -> str:
         """95 % upper bound of the failure rate: with no failure in n trials, 3/n (Hanley, Lippman-Hand 1983)."""
-        if self.exhaustive and not self.failures:
-            return "all cases"
+        if self.listed and not self.failures:
+            return "cases"
         return f"{min(1.0, 3 / self.trials):.1%}" if self.trials and not self.failures else "-"
 
 

@@ -77,7 +77,7 @@ def go_on(lab: Lab, kind: str, step: int, variant: str, policy: str) -> str | No
 
 def poisoned(lab: Lab, steps: tuple[int, ...], variants: tuple[str, ...]) -> Iterator[Row]:
     for policy in ("stop", "skip", "rollback"):
-        row = Row(f"NaN in batch, gradient or weight, policy {policy}")
+        row = Row(f"NaN in batch, gradient or weight, policy {policy}", listed=True)
         for variant in variants:
             for kind in KINDS:
                 for step in steps:
@@ -88,7 +88,7 @@ def poisoned(lab: Lab, steps: tuple[int, ...], variants: tuple[str, ...]) -> Ite
 
 def huge_rate(lab: Lab, rates: tuple[float, ...] = (1e9, 1e30, 1e39)) -> Row:
     """The first update makes the weights useless or infinite, and a save follows each: nothing infinite is saved."""
-    row = Row(f"a learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
+    row = Row(f"a learning rate of {', '.join(f'{lr:g}' for lr in rates)}", listed=True)
     for lr in rates:
         for policy in ("stop", "skip", "rollback"):
             task = lab.task(lr=lr, nonfinite=policy, every=1)

@@ -17,7 +17,7 @@ MODELS = {
 
 def power_cut(lab: Lab, model: str, stride: int = 1) -> Row:
     """At every call: what is left goes on to the same end, and holds the newest checkpoint that the run was told of."""
-    row = Row(f"power cut, {model}: {MODELS[model]}", exhaustive=stride == 1)
+    row = Row(f"power cut, {model}: {MODELS[model]}", listed=stride == 1)
     calls = calls_of(lab, a_fresh_run)
     reference = lab.reference(lab.task(**SHORT))
     for number in range(0, len(calls), stride):

@@ -22,7 +22,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], Path]] = {
 
 def each(lab: Lab) -> Row:
     """A run killed in the plain environment and taken up in another, and a whole run in each."""
-    row = Row("time zone, locale, hash seed, home, current folder, OMP_NUM_THREADS")
+    row = Row("time zone, locale, hash seed, home, current folder, OMP_NUM_THREADS", listed=True)
     for name, (environment, folder) in ENVIRONMENTS.items():
         task = lab.task()
         reference = lab.reference(task)
