@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,14 +14,16 @@ import torch
 
 import deltune
 from deltune.cli import main
-from deltune.commands import estimate, plan, survey
+from deltune.commands import estimate, init, plan, survey
+from deltune.config.fields import walk
 from deltune.data.config import DataConfig, Source
 from deltune.data.loader import Loader
 from deltune.data.prepare import prepare
 from deltune.data.read import File
 from deltune.errors import ConfigError, DataError, ModelError
 from deltune.models.cost import Speed
-from deltune.settings import load_run, run_from
+from deltune.settings import Run, load_run, run_from
+from tests.conftest import ROOT
 from tests.encoded import write_rows
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -268,3 +271,28 @@ def test_time_grows_with_steps_and_work(stated):
     assert seconds(**{"train.epochs": 4.0}) == pytest.approx(2 * base, rel=0.15)
     assert seconds(**{"model.gradient_checkpointing": True}) > 1.1 * base
     assert seconds(**{"eval.every": 1}) > base
+
+
+# -- docs/plan.md -----------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    for line in block.splitlines():
+        program, *words = line.split()
+        assert program == "deltune" and main(words) == 0, line
+    assert (tmp_path / "my.yaml").is_file() and "Memory" in capsys.readouterr().out
+
+
+def test_the_page_states_the_rules_as_they_are():
+    for rate, size in ((2e-4, "1 G"), (5e-4, "100 M"), (1e-3, "10 M"), (3e-3, "below")):
+        assert rate in dict((r, s) for s, r in init.RATES)
+        assert re.search(rf"{rate:g}|{rate:.0e}".replace("e-0", "e-"), PAGE) and size in PAGE
+    assert f"{init.MEMORY_SHARE:.0%}".replace("%", " %") in PAGE and f"at most {init.HELD_OUT}" in PAGE
+    assert f"{survey.QUICK_BYTES / 1e6:.0f} MB" in PAGE and f"first {survey.SAMPLE_ROWS:,} rows" in PAGE
+    assert plan.HEAP_REMEDY.split()[0] in PAGE and f"{init.MUCH_PADDING:.0%}".replace("%", " %") in PAGE
+    keys = re.findall(r"^\| `([a-z_]+\.[a-z_]+)`", PAGE, re.M)
+    assert len(keys) == 10 and all(key in {k.dotted for k in walk(Run)} for key in keys)
