@@ -142,7 +142,8 @@ def steps(plan: Plan) -> list[str]:
         f"a micro-batch is {shapes.size} x {shapes.seq:.0f} tokens, {shapes.padding:.0%} of them padding; at most {shapes.size} x {shapes.longest:,}",
     ]
     if plan.run.engine.name == "ddp":
-        lines.append("for one process; with deltune launch -n N a step has N times as many examples, and there are that many steps fewer")
+        fewer = "" if train.steps is not None else ", and there are as many times fewer steps"
+        lines.append(f"for one process; with deltune launch -n N a step has N times as many examples{fewer}")
     return lines
 
 
