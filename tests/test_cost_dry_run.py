@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltune.adapters.attach import attach
 from deltune.adapters.methods.lora import LoraConfig
-from deltune.errors import ModelError
-from deltune.models.dry_run import _Account, dry_run
+from deltune.models.dry_run import CostUnknown, _Account, dry_run
 from deltune.optim.build import state_bytes
 from deltune.optim.config import AdamW
 from deltune.training.loss import causal_lm_step
@@ -96,7 +95,7 @@ CASES = [("llama", *mode) for mode in MODES] + [(name, *mode) for name in config
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_a_step_without_numbers_holds_and_computes_what_a_real_one_does(model, mode, dtype, lora, settings):
     if model == "experts" and dtype == torch.float32:
-        with pytest.raises(ModelError, match="cannot be told without its weights"):
+        with pytest.raises(CostUnknown, match="cannot be told without its weights"):
             dry_run(build(model, dtype, lora, "meta"), batch=BATCH, seq=SEQ, **settings)
         return
     found = dry_run(build(model, dtype, lora, "meta"), batch=BATCH, seq=SEQ, **settings)
@@ -182,6 +181,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set as Linux counts it")
+@pytest.mark.slow  # resident memory depends on what else the allocator has done, so a busy machine can miss the margin
 def test_the_process_grows_by_what_was_foretold():
     """With a heap that gives back what is freed (glibc's keeps much of it, see docs/plan.md)."""
     shape = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=4000)
