@@ -262,6 +262,22 @@ def test_a_full_disk_padding_and_cut_rows_are_pointed_out(stated, tmp_path, monk
     assert "disk" not in said()
 
 
+def test_a_model_whose_cost_depends_on_its_numbers_is_planned_all_the_same(stated, tmp_path):
+    """Experts in float32: which of them work, the numbers decide."""
+    from transformers import Qwen3MoeConfig
+
+    folder = without_weights(tmp_path / "experts")
+    Qwen3MoeConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, dtype="float32", bos_token_id=256, eos_token_id=257,
+    ).save_pretrained(folder)  # fmt: skip
+    out = text_of(plan.make(run_from(stated | {"model.path": folder})))
+    assert "Qwen3MoeForCausalLM: its cost cannot be told without its weights" in out and "11 steps" in out and "\nTime" not in out
+    seen = init.look(folder, stated["data.train"][0])
+    text = "\n".join(init.starter(seen, init.choose(seen)))
+    assert "cannot be told beforehand" in text and "BEWARE" not in text
+
+
 def test_time_grows_with_steps_and_work(stated):
     def seconds(**changes):
         found = plan.make(run_from(stated | changes))

@@ -14,6 +14,7 @@ import torch
 
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
 from deltune.engines.engine import AUTOCAST
+from deltune.errors import ModelError
 from deltune.models.cost import Speed, arithmetic, device_speed
 from deltune.models.dry_run import dry_run
 from deltune.optim.build import MOMENTS, state_bytes
@@ -113,16 +114,20 @@ def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Itera
     """Changes of the run, as words of a command line, after which it fits into `free` bytes: the mildest of each kind."""
 
     def needed(changed: Run) -> Memory:
+        """ModelError where the model cannot do it."""
         limit = changed.data.max_length
         clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
         return memory_of(changed, shapes_of(changed), shapes_for(changed, clipped), device)
 
     for kind in (_smaller_batches(run), _recomputing(run), _lighter_weights(run), _shorter_examples(run, found), _adapter(run)):
         changes = list(kind)  # from the mildest, which needs most, to the strictest
-        mildest = bisect_left(changes, True, key=lambda change: needed(change[1]).most <= free)
-        if mildest < len(changes):
-            words, changed = changes[mildest]
-            yield words, needed(changed)
+        try:
+            mildest = bisect_left(changes, True, key=lambda change: needed(change[1]).most <= free)
+            if mildest < len(changes):
+                words, changed = changes[mildest]
+                yield words, needed(changed)
+        except ModelError:
+            continue  # a kind of change that this model does not have
 
 
 def _smaller_batches(run: Run) -> Iterator[tuple[str, Run]]:

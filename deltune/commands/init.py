@@ -186,7 +186,7 @@ class Choice:
     """The values of the file, as sections, and why where the file's fixed comments do not say it."""
 
     values: dict[str, Any]
-    needed: float  # bytes at the worst moment
+    needed: float | None  # bytes at the worst moment; None where they cannot be told
     free: float
     fits: bool
 
@@ -194,6 +194,7 @@ class Choice:
 def choose(seen: Seen) -> Choice:
     """Sensible values, by the rules that the file's comments state."""
     from deltune.commands import estimate
+    from deltune.models.dry_run import CostUnknown
     from deltune.settings import run_from
 
     found, free = seen.found, estimate.free_memory(seen.device)
@@ -201,6 +202,7 @@ def choose(seen: Seen) -> Choice:
     clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
     wanted = wanted_batch(found.examples_per_epoch)
     sizes = [wanted >> n for n in range(wanted.bit_length())]
+    needed, place = None, 0
 
     def tried(size: int, recompute: bool) -> tuple[dict[str, Any], MicroBatches, Memory]:
         values = values_of(seen, limit, size, wanted // size, recompute)
@@ -211,11 +213,15 @@ def choose(seen: Seen) -> Choice:
     def fits(size: int, recompute: bool) -> bool:
         return tried(size, recompute)[2].most <= MEMORY_SHARE * free
 
-    recompute = not fits(1, False)
-    place = bisect_left(sizes, True, key=lambda size: fits(size, recompute))
-    values, shapes, needed = tried(sizes[min(place, len(sizes) - 1)], recompute)
+    try:
+        recompute = not fits(1, False)
+        place = bisect_left(sizes, True, key=lambda size: fits(size, recompute))
+        values, shapes, needed = tried(sizes[min(place, len(sizes) - 1)], recompute)
+    except CostUnknown:
+        values = values_of(seen, limit, wanted, 1, False)
+        shapes = estimate.shapes_for(run_from(values), clipped)
     values["data"]["group_by_length"] = shapes.padding > MUCH_PADDING
-    return Choice(values, needed.most, free, place < len(sizes))
+    return Choice(values, needed.most if needed else None, free, place < len(sizes))
 
 
 def length_limit(seen: Seen) -> int:
@@ -270,8 +276,11 @@ def starter(seen: Seen, choice: Choice) -> Iterator[str]:
     yield "# Made by `deltune init`. Run it: deltune train THIS_FILE. Every key: deltune list keys, or docs/config.md."
     yield f"# {model}: {type(seen.model).__name__}, {count(seen.num_parameters)} parameters in {_name(seen.model.dtype)}"
     yield f"# {data}: {seen.format}, {'about ' if found.sampled else ''}{found.examples_per_epoch:,} examples"
-    needed = f"{memory(choice.needed)} of memory at the worst moment, of {memory(choice.free)} that were free"
-    yield f"# needs about {needed}" if choice.fits else f"# BEWARE: needs about {needed}: deltune plan names settings that fit"
+    if choice.needed is None:
+        yield "# what memory it needs cannot be told beforehand for this kind of model"
+    else:
+        needed = f"{memory(choice.needed)} of memory at the worst moment, of {memory(choice.free)} that were free"
+        yield f"# needs about {needed}" if choice.fits else f"# BEWARE: needs about {needed}: deltune plan names settings that fit"
     yield "\nmodel:"
     yield from lines(v["model"], {
         "gradient_checkpointing": "activations are computed twice rather than kept: less memory, more time",

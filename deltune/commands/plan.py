@@ -37,9 +37,10 @@ class Plan:
     shapes: MicroBatches
     num_steps: int
     device: torch.device
-    memory: Memory
+    memory: Memory | None  # None where the model's forward pass depends on its numbers: `unknown` says why
     free: float
-    time: Time
+    time: Time | None
+    unknown: str
     disk: dict[str, float]
 
 
@@ -61,6 +62,7 @@ def make(run: Run) -> Plan:
     from deltune.commands import estimate
     from deltune.commands.survey import survey
     from deltune.engines.engine import pick_device
+    from deltune.models.dry_run import CostUnknown
     from deltune.models.load import check_pair, load_tokenizer
     from deltune.optim.groups import parameter_groups
     from deltune.optim.schedules import schedule
@@ -76,11 +78,14 @@ def make(run: Run) -> Plan:
     num_steps = steps_of(run, found)
     schedule(run.schedule, num_steps)
     shapes = estimate.shapes_for(run, found)
-    return Plan(
-        run, model, found, shapes, num_steps, device, estimate.memory_of(run, model, shapes, device),
-        estimate.free_memory(device), estimate.time_of(run, model, found, shapes, num_steps, device),
-        estimate.disk_of(run, model, num_steps),
-    )  # fmt: skip
+    memory, time, unknown = None, None, ""
+    try:
+        memory = estimate.memory_of(run, model, shapes, device)
+        time = estimate.time_of(run, model, found, shapes, num_steps, device)
+    except CostUnknown as error:
+        unknown = str(error)
+    free, disk = estimate.free_memory(device), estimate.disk_of(run, model, num_steps)
+    return Plan(run, model, found, shapes, num_steps, device, memory, free, time, unknown, disk)
 
 
 def steps_of(run: Run, found: Survey) -> int:
@@ -152,6 +157,8 @@ def memory(plan: Plan) -> list[str]:
     from deltune.training.display import memory as written
 
     found = plan.memory
+    if found is None:
+        return [plan.unknown, f"free here: {written(plan.free)}"]
     rows = [[name, written(size)] for name, size in found.parts.items() if size]
     rows.append(["together, at the worst moment", written(found.least)])
     lines = aligned(rows)
@@ -165,6 +172,8 @@ def time(plan: Plan) -> list[str]:
     from deltune.training.display import duration
 
     found = plan.time
+    if found is None:
+        return []
     lines = [f"about {duration(found.total(plan.num_steps))}: {plan.num_steps:,} steps of {duration(found.step)}"]
     if found.num_evaluations:
         lines[0] += f", {found.num_evaluations} evaluations of {duration(found.evaluation)}"
@@ -190,8 +199,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     from deltune.commands.estimate import free_disk
     from deltune.training.display import memory as written
 
-    if plan.memory.most > plan.free:
-        yield from _too_large(plan)
+    if plan.memory is not None and plan.memory.most > plan.free:
+        yield from _too_large(plan, plan.memory)
     if sum(plan.disk.values()) > free_disk(plan.run.folder):
         yield f"the disk has less free than the {written(sum(plan.disk.values()))} that the run leaves: checkpoint.save_total_limit, or output=another folder"
     cut = sum(report.truncated for report in plan.found.reports) / max(1, sum(report.used for report in plan.found.reports))
@@ -204,15 +213,15 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield f"{plan.shapes.padding:.0%} of the work is padding: data.group_by_length=true puts examples of like length together"
 
 
-def _too_large(plan: Plan) -> Iterator[str]:
+def _too_large(plan: Plan, needed: Memory) -> Iterator[str]:
     from deltune.commands.estimate import fitting
     from deltune.training.display import memory as written
 
-    surely = "needs" if plan.memory.least > plan.free else "may need"
-    yield f"the run {surely} {written(plan.memory.most)} of memory, and {written(plan.free)} are free. What fits:"
+    surely = "needs" if needed.least > plan.free else "may need"
+    yield f"the run {surely} {written(needed.most)} of memory, and {written(plan.free)} are free. What fits:"
     remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(plan.run, plan.found, plan.device, plan.free), NUM_REMEDIES)]
-    if plan.memory.least <= plan.free:
-        remedies.insert(0, f"  {HEAP_REMEDY}  ({written(plan.memory.least)}, some time)")
+    if needed.least <= plan.free:
+        remedies.insert(0, f"  {HEAP_REMEDY}  ({written(needed.least)}, some time)")
     yield from remedies[:NUM_REMEDIES] or ["  nothing that leaves model and data as they are; a smaller model, or a larger device"]
 
 

@@ -29,6 +29,10 @@ SMALL = 1 << 25  # bytes of the largest block that glibc keeps in its heap (DEFA
 PARTS = ("gradients", "weight_copies", "activations", "logits")
 
 
+class CostUnknown(ModelError):
+    """A model whose forward pass depends on numbers, which the meta device does not have."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operation: what it multiplies (a multiply-add is two FLOPs), in which type, and what it reads and writes."""
@@ -65,9 +69,10 @@ def dry_run(
 
     `trained` tokens reach the output head (None: all). `padded` says that examples differ in length, so that attention
     has a mask. `device` (its type) decides which attention kernel runs. `recompute` is gradient checkpointing, and
-    `accumulate` says that gradients of an earlier micro-batch are there already. Raises ModelError where a model's
-    forward pass depends on numbers, which the meta device does not have.
+    `accumulate` says that gradients of an earlier micro-batch are there already. Raises CostUnknown, and ModelError
+    where a model cannot recompute.
     """
+
     def kernels() -> _KernelShapes:
         return _KernelShapes(device, autocast, padded)
 
@@ -88,7 +93,7 @@ def dry_run(
             torch.autograd.backward([loss])
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{type(model).__name__}: its cost cannot be told without its weights: {reason}") from None
+        raise CostUnknown(f"{type(model).__name__}: its cost cannot be told without its weights: {reason}") from None
     finally:
         if recompute:
             _no_recompute(model)
@@ -102,10 +107,13 @@ def dry_run(
 
 def _recompute(model: nn.Module, contexts: Callable[[], Any]) -> None:
     settings = {"use_reentrant": False, "context_fn": contexts}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 6 keeps
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 6 keeps
+            model.activation_checkpointing_enable(settings)
+        else:
+            model.gradient_checkpointing_enable(settings)
+    except ValueError:
+        raise ModelError(f"{type(model).__name__} cannot recompute activations. What fits: model.gradient_checkpointing=false") from None
 
 
 def _no_recompute(model: nn.Module) -> None:
