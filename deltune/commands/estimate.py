@@ -14,7 +14,7 @@ import torch
 
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
 from deltune.engines.engine import AUTOCAST
-from deltune.errors import ModelError
+from deltune.errors import AdapterError, ModelError
 from deltune.models.cost import Speed, arithmetic, device_speed
 from deltune.models.dry_run import dry_run
 from deltune.optim.build import MOMENTS, state_bytes
@@ -114,7 +114,7 @@ def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Itera
     """Changes of the run, as words of a command line, after which it fits into `free` bytes: the mildest of each kind."""
 
     def needed(changed: Run) -> Memory:
-        """ModelError where the model cannot do it."""
+        """ModelError or AdapterError where the model cannot do it."""
         limit = changed.data.max_length
         clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
         return memory_of(changed, shapes_of(changed), shapes_for(changed, clipped), device)
@@ -126,7 +126,7 @@ def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Itera
             if mildest < len(changes):
                 words, changed = changes[mildest]
                 yield words, needed(changed)
-        except ModelError:
+        except (AdapterError, ModelError):
             continue  # a kind of change that this model does not have
 
 
