@@ -160,6 +160,7 @@ def verb_help(verb: str, words: list[str]) -> str:
     pairs = (word.partition("=")[::2] for word in words)
     chosen = {key: value for key, value in pairs if key in tables and value in tables[key].options}
     groups = {field.name: options(field.name) for field in fields(cls)}
+    groups |= {name: sorted(table.named) for name, table in tables.items() if table.named}
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     presets = f"Presets: {', '.join(f'preset={option}' for option in options('preset'))}\n" if cls is settings.Run else ""
     return (

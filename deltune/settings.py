@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltune.adapters.config import ADAPTERS, AdapterConfig
+from deltune.adapters.config import ADAPTERS, AdapterConfig, name_of
 from deltune.config.fields import choice, option, section
 from deltune.data.config import DataConfig, Source
 from deltune.engines.config import ENGINES, EngineConfig, Single
@@ -60,7 +60,7 @@ class Run:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         first = self.data.train[0]
         source = first.path if isinstance(first, Source) else first
-        parts = (Path(self.model.path).name, self.adapter.method if self.adapter else "full", Path(source).stem)
+        parts = (Path(self.model.path).name, name_of(self.adapter) if self.adapter else "full", Path(source).stem)
         return "-".join([*(re.sub(r"[^\w.]+", "-", part).strip("-.")[:40] or "x" for part in parts), digest])
 
     def to_dict(self) -> dict[str, Any]:

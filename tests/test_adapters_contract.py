@@ -78,6 +78,8 @@ class InputSide(Delta):
 class Bias(Delta):
     """y = W x + b + c."""
 
+    adds_bias = True
+
     def build(self):
         self.c = nn.Parameter(torch.empty(self.site.n_out, **self.storage))
 
@@ -133,15 +135,16 @@ class Measured(Delta):
         return (self.m / self.norm - 1)[:, None] * W
 
 
-def config_of(delta_class):
+def config_of(made):
+
     @dataclass(frozen=True)
     class ToyConfig(AdapterConfig):
-        method: str = option(delta_class.__name__.lower(), "Method.")
+        delta: str = option(made.__name__.lower(), "Parametrisation.")
         dtype: str = option("auto", "Type.")
 
         @staticmethod
-        def delta():
-            return delta_class
+        def delta_class():
+            return made
 
     return ToyConfig()
 
@@ -246,6 +249,6 @@ def test_a_method_goes_only_on_its_kinds_of_layers():
 
 
 def test_a_method_that_peft_has_no_word_for_is_not_saved_as_something_else(tmp_path):
-    with pytest.raises(AdapterError, match="PEFT has no adapter like scaled"):
+    with pytest.raises(AdapterError, match="is in no table"):
         save_adapter(attach(model_of(), config_of(Scaled)), tmp_path / "x")
     assert not (tmp_path / "x").exists()

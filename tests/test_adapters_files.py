@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltune.adapters.attach import adapters, attach, detach, merge_in_place, trainable
+from deltune.adapters.config import OverTime
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.files.identity import identity
 from deltune.adapters.methods.lora import LoraConfig
@@ -133,7 +134,6 @@ def test_missing_files_are_named(folder, tmp_path):
 # ---------------------------------------------------------------- fields
 
 SET = {
-    "use_dora": True,
     "use_qalora": True,
     "lora_bias": True,
     "layer_replication": [[0, 2]],
@@ -346,7 +346,7 @@ def test_names_that_are_not_there_are_refused(tmp_path):
 def test_the_record_says_how_the_adapter_was_made(folder):
     record = json.loads((folder / RECORD).read_text())
     assert record["config"]["targets"] == ["q_proj", "v_proj"] and record["config"]["rank"] == 2
-    assert LoraConfig(**record["config"]) == adapters(made())["default"]
+    assert LoraConfig(**{**record["config"], "schedule": OverTime()}) == adapters(made())["default"]
 
 
 def test_a_loaded_adapter_is_frozen_unless_asked_for(folder):

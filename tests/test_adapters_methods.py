@@ -20,12 +20,19 @@ from deltune.adapters.attach import (
     trainable,
     unmerge,
 )
-from deltune.adapters.config import ADAPTERS, METHODS
+from deltune.adapters.config import DELTAS, METHODS, name_of, named
+from deltune.adapters.delta import Delta
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.layers import kind_of
+from deltune.adapters.magnitude import Magnitude
+from deltune.adapters.wrapper import wrappers
+from deltune.errors import AdapterError
 
-methods = pytest.mark.parametrize("method", sorted(METHODS))
-PLACES = {"embedding": "embed", "conv1d": "conv", "linear": "linear"}
+ALL = sorted(METHODS)
+LAYERS = [name for name in ALL if named(name).delta_class().kinds != ("model",)]  # those that go on single layers
+methods = pytest.mark.parametrize("method", LAYERS)
+mergeable = pytest.mark.parametrize("method", [name for name in LAYERS if named(name).delta_class().mergeable])
+PLACES = {"embedding": ["embed"], "conv1d": ["conv"], "linear": ["linear"], "norm": ["norm"]}
 
 
 class Mixed(nn.Module):
@@ -33,13 +40,14 @@ class Mixed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.conv = Conv1D(8, 6)
-        self.linear = nn.Linear(8, 8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.embed = nn.Embedding(11, 8)
+        self.conv = Conv1D(16, 8)
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 12)
+        self.lm_head = nn.Linear(12, 11, bias=False)
 
     def forward(self, ids):
-        return self.lm_head(torch.tanh(self.linear(torch.tanh(self.conv(self.embed(ids))))))
+        return self.lm_head(torch.tanh(self.linear(self.norm(torch.tanh(self.conv(self.embed(ids)))))))
 
 
 def model_of(dtype=torch.float32, seed=0):
@@ -53,12 +61,23 @@ def model_of(dtype=torch.float32, seed=0):
 
 
 def config_of(method, **changes):
-    """The method's defaults on all kinds of layers that it takes, but small."""
-    config_class = ADAPTERS.resolve(method)
-    names = {field.name for field in dataclasses.fields(config_class)}
-    places = [place for kind, place in PLACES.items() if kind in config_class.delta().kinds]
-    small = {"rank": 2} if "rank" in names else {}
-    return config_class(**({"targets": places} | small | changes))
+    """The method on all kinds of layers that it takes, but small."""
+    kinds = named(method).delta_class().kinds
+    places = [place for kind, found in PLACES.items() if kind in kinds for place in found]
+    return named(method, **({"targets": places} | dict(METHODS[method].small) | changes))
+
+
+def places_of(method):
+    return config_of(method).targets
+
+
+def stops_gradient(method):
+    config = named(method)
+    return bool((Magnitude if config.magnitude else config.delta_class()).stops_gradient)
+
+
+def deltas_of(model, name="default"):
+    return {place: wrapper.adapters[name] for place, wrapper in wrappers(model) if name in wrapper.adapters}
 
 
 def shaken(model, seed=0, names=("default",)):
@@ -82,12 +101,26 @@ def same(one, other):
 IDS = torch.tensor([[1, 5, 2, 10], [0, 3, 3, 7]])
 
 
+def far(one, other):
+    """Largest difference, relative to the largest value."""
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
 @methods
-def test_a_new_adapter_changes_nothing(method):
+def test_a_new_adapter_changes_nothing_or_no_more_than_it_says(method):
     model = model_of()
     before = model(IDS)
     attach(model, config_of(method))
-    assert torch.equal(model(IDS), before)
+    if METHODS[method].start:
+        assert 0 < far(model(IDS), before) <= METHODS[method].start
+    else:
+        assert torch.equal(model(IDS), before)
+
+
+def declared(model):
+    """Names of the parameters that the deltas hold; one that several share counts once, by its first name."""
+    own = {id(p) for delta in deltas_of(model).values() for p in delta.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in own}
 
 
 @methods
@@ -95,38 +128,37 @@ def test_gradients_reach_what_the_delta_declares_and_nothing_else(method):
     model = model_of()
     attach(model, config_of(method))
     shaken(model)
-    declared = {
-        f"{place}.adapters.default.{name}"
-        for place in config_of(method).targets
-        for name, _ in getattr(model, place).adapters["default"].named_parameters()
-    }
-    assert declared and set(trainable(model)) == declared
+    expected = declared(model)
+    assert expected and set(trainable(model)) == expected
     model(IDS).square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached == declared
+    assert reached == expected
     assert all(parameter.grad.abs().max() > 0 for parameter in trainable(model).values())
 
 
 @methods
-@pytest.mark.parametrize("kind", sorted(PLACES))
-def test_gradients_equal_finite_differences(method, kind):
-    place = PLACES[kind]
-    if place not in config_of(method).targets:
-        pytest.skip(f"{method} does not go on {kind}")
-    model = shaken(attach(model_of(torch.float64), config_of(method, targets=[place], dtype="auto")))
-    layer = getattr(model, place)
-    names = list(dict(layer.adapters["default"].named_parameters()))
-    parameters = [p.detach().clone().requires_grad_() for p in layer.adapters["default"].parameters()]
-    x = IDS if kind == "embedding" else torch.randn(3, layer.site.n_in, dtype=torch.float64, requires_grad=True)
+def test_gradients_equal_finite_differences(method):
+    """A method that stops a gradient by intention says so, and its own test states the formula with that part fixed."""
+    if stops_gradient(method):
+        return
+    for place in places_of(method):
+        model = shaken(attach(model_of(torch.float64), config_of(method, targets=[place], dtype="auto")))
+        layer = getattr(model, place)
+        parameters = dict(layer.adapters["default"].named_parameters())
+        values = [p.detach().clone().requires_grad_() for p in parameters.values()]
+        x = IDS if place == "embed" else torch.randn(3, PLACE_WIDTH[place], dtype=torch.float64, requires_grad=True)
 
-    def answer(x, *values):
-        changed = {f"adapters.default.{name}": value for name, value in zip(names, values, strict=True)}
-        return torch.func.functional_call(layer, changed, (x,))
+        def answer(x, *values, layer=layer, names=tuple(parameters)):
+            changed = {f"adapters.default.{name}": value for name, value in zip(names, values, strict=True)}
+            return torch.func.functional_call(layer, changed, (x,))
 
-    assert torch.autograd.gradcheck(answer, (x, *parameters))
+        assert torch.autograd.gradcheck(answer, (x, *values), atol=1e-5), place
 
 
-@methods
+PLACE_WIDTH = {"conv": 8, "norm": 16, "linear": 16}
+
+
+@mergeable
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_merged_answers_as_the_adapter_and_unmerging_restores_every_bit(method, dtype, tolerance):
     model = shaken(attach(model_of(dtype), config_of(method, dtype="auto")))
@@ -135,7 +167,7 @@ def test_merged_answers_as_the_adapter_and_unmerging_restores_every_bit(method, 
     merge_in_place(model)
     assert not same(bits(model), before)
     merged = model(IDS)
-    assert (merged - adapted).abs().max() <= tolerance * adapted.abs().max()
+    assert far(merged, adapted) <= tolerance
     with disabled(model):
         assert torch.equal(model(IDS), plain)
     assert torch.equal(model(IDS), merged)
@@ -143,7 +175,7 @@ def test_merged_answers_as_the_adapter_and_unmerging_restores_every_bit(method, 
     assert same(bits(model), before) and torch.equal(model(IDS), adapted)
 
 
-@methods
+@mergeable
 def test_merging_for_good_leaves_a_plain_model(method):
     model = shaken(attach(model_of(), config_of(method)))
     adapted = model(IDS)
@@ -153,13 +185,25 @@ def test_merging_for_good_leaves_a_plain_model(method):
     assert torch.allclose(model(IDS), adapted, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [name for name in LAYERS if not named(name).delta_class().mergeable])
+def test_what_cannot_merge_says_why_and_stays_as_it_is(method):
+    model = shaken(attach(model_of(), config_of(method)))
+    before = model(IDS)
+    for call in (merge, merge_in_place):
+        with pytest.raises(AdapterError, match="cannot be merged, for ") as caught:
+            call(model)
+        assert named(method).delta_class().why_not_mergeable in str(caught.value)
+    assert torch.equal(model(IDS), before)
+
+
 @methods
 def test_detaching_restores_every_bit_and_what_was_trainable(method):
     model = model_of()
     model.embed.weight.requires_grad_(False)
     before, layers = bits(model), dict(model.named_modules())
     shaken(attach(model, config_of(method, modules_to_save=["lm_head"])))
-    merge_in_place(model)
+    if named(method).delta_class().mergeable:
+        merge_in_place(model)
     detach(model)
     assert same(bits(model), before)
     assert dict(model.named_modules()) == layers
@@ -191,11 +235,17 @@ def test_two_adapters_run_together_alone_and_not_at_all(method):
         switch(model, name)
         assert torch.equal(model(IDS), alone[name])
         assert all(f".adapters.{name}." in parameter for parameter in trainable(model))
-    switch(model, ["one", "two"])
-    both = model(IDS)
-    assert not torch.allclose(both, alone["one"]) and not torch.allclose(both, alone["two"])
-    merge_in_place(model)
-    assert torch.allclose(model(IDS), both, atol=1e-5)
+    if not named(method).delta_class().mergeable and named(method).delta_class().reads_base:
+        with pytest.raises(AdapterError, match="cannot be merged"):
+            switch(model, ["one", "two"])
+            model(IDS)
+    else:
+        switch(model, ["one", "two"])
+        both = model(IDS)
+        assert not torch.allclose(both, alone["one"]) and not torch.allclose(both, alone["two"])
+        if named(method).delta_class().mergeable:
+            merge_in_place(model)
+            assert torch.allclose(model(IDS), both, atol=1e-5)
     switch(model, [])
     assert torch.equal(model(IDS), model_of()(IDS))
     assert not trainable(model)
@@ -233,26 +283,27 @@ def test_dropout_is_off_in_eval_and_on_in_training(method):
 
 @methods
 def test_the_start_depends_on_the_seed_and_the_layers_name_alone(method):
+    base = model_of()
+
     def start(targets, seed=0, noise=0):
         with torch.random.fork_rng():
             torch.manual_seed(noise)
             torch.rand(noise)
-            return {name: p.detach() for name, p in trainable(attach(model_of(), config_of(method, targets=targets), seed=seed)).items()}
+            model = attach(copy.deepcopy(base), config_of(method, targets=targets), seed=seed)
+            return {name: tensor for name, tensor in bits(model).items() if ".adapters." in name}
 
-    everything = config_of(method).targets
+    everything = places_of(method)
     every, again = start(everything), start(everything, noise=5)
     assert same(every, again)
     torch.set_default_dtype(torch.float64)
     try:
-        assert same(every, {name: tensor.float() for name, tensor in start(everything).items()})
+        assert same(every, start(everything))
     finally:
         torch.set_default_dtype(torch.float32)
-    for place in everything:
-        alone = start([place])
-        assert same(alone, {name: every[name] for name in alone})
-    other = start(everything, seed=1)
-    drawn = [name for name in every if every[name].unique().numel() > 2]
-    assert all(not torch.equal(every[name], other[name]) for name in drawn)
+    if not named(method).delta_class().banks(config_of(method)):  # what layers share depends on which layers there are
+        for place in everything:
+            alone = start([place])
+            assert same(alone, {name: every[name] for name in alone})
 
 
 @methods
@@ -279,7 +330,7 @@ def test_a_layer_in_bfloat16_autocast_answers_in_bfloat16(method):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         answer = model(IDS)
     assert answer.dtype == torch.bfloat16
-    assert torch.allclose(answer.float(), exact, atol=0.05)
+    assert torch.allclose(answer.float(), exact, atol=0.06 * float(exact.detach().abs().max()))
 
 
 @methods
@@ -296,23 +347,37 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(method):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     detach(model)
     assert same(bits(model), base)
 
 
 @methods
 def test_what_a_delta_declares_about_itself_is_true(method):
-    delta_class = ADAPTERS.resolve(method).delta()
-    model = attach(model_of(), config_of(method))
-    for place in config_of(method).targets:
-        delta = getattr(model, place).adapters["default"]
-        assert kind_of(getattr(model, place).base_layer) in delta_class.kinds
-        assert set(delta_class.factors or ()) <= set(dict(delta.named_parameters()))
-        assert set(delta.ranked()) <= set(delta.state_dict())
-        assert set(delta.leaves()) == set(delta.state_dict())
-        assert len(set(delta.leaves().values())) == len(delta.leaves())
-        product = delta.product()
+    model = shaken(attach(model_of(), config_of(method)))
+    delta_class = named(method).delta_class()
+    for place, delta in deltas_of(model).items():
+        layer = getattr(model, place).base_layer
+        assert kind_of(layer) in delta_class.kinds
+        names = set(dict(delta.named_parameters())) | set(dict(delta.named_buffers()))
+        assert set(delta.ranked()) <= names
+        assert set(delta.lr_ratios()) <= set(dict(delta.named_parameters()))
+        assert set(delta.leaves()) <= names and len(set(delta.leaves().values())) == len(delta.leaves())
+        assert delta_class.additive == (delta_class.forward is Delta.forward)
+        inner = delta.inner if isinstance(delta, Magnitude) else delta
+        assert set(delta_class.factors or ()) <= set(dict(inner.named_parameters())) | set(dict(inner.named_buffers()))
+        product = inner.product()
         if product is not None:
             left, right, scale = product
-            assert torch.allclose(scale * left @ right, delta.delta(None), atol=1e-7)
+            W = getattr(model, place).weight if place == "linear" else getattr(model, place).weight.T
+            assert torch.allclose(scale * left @ right, inner.delta(W), atol=1e-6)
+
+
+def test_every_parametrisation_has_a_named_method_and_every_method_has_its_facts():
+    assert {method.choices["delta"] for method in METHODS.values()} == set(DELTAS)
+    for name, method in METHODS.items():
+        assert method.paper and method.formula, name
+        config = named(name)
+        assert not config.problems(), name
+        if not any(key.startswith("optim.") for key in method.choices):
+            assert METHODS[name_of(config)].adapter_choices == method.adapter_choices, name

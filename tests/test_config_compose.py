@@ -88,7 +88,7 @@ def test_every_table_of_names_has_a_group_option_each():
     for field in fields(Run):
         table = field.metadata.get("table")
         if table is not None:
-            assert set(options(field.name)) >= set(table.options), f"conf/{field.name}/ lacks an option"
+            assert {*options(field.name), *(table.named or {})} >= set(table.options), f"conf/{field.name}/ lacks an option"
 
 
 def test_a_short_key_means_the_only_section_that_has_it(file):
@@ -133,7 +133,7 @@ def test_another_option_leaves_keys_of_lower_layers_out_and_says_so(file, caplog
 
 def test_an_optional_section_can_be_switched_off_and_on(file):
     assert load_run(["adapter=null"], file("adapter: {rank: 4}")).adapter is None
-    assert load_run(["adapter=lora"], file("adapter: null")).adapter.method == "lora"
+    assert load_run(["adapter=lora"], file("adapter: null")).adapter.delta == "lora"
     assert "adapter is null (" in refused(["adapter.rank=4"], file("adapter: null"))
     assert "adapter is null (command line)" in refused(["adapter=null", "adapter.rank=4"])
     assert "must be text" in refused(["model=null"])

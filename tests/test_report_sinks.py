@@ -234,7 +234,7 @@ def test_mlflow_gets_each_step_once_and_the_same_run(tmp_path, mlflow):
     assert mlflow.points == expected(tmp_path)
     assert [call for call in mlflow.calls if call[0] == "start_run"] == [("start_run", None, "words"), ("start_run", "r1", None)]
     assert mlflow.calls[0] == ("set_experiment", "trials") and mlflow.calls[-1] == ("end_run",)
-    assert mlflow.params["optim.lr"] == "0.002" and mlflow.params["adapter.method"] == "lora"
+    assert mlflow.params["optim.lr"] == "0.002" and mlflow.params["adapter.delta"] == "lora"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltune import weights
+from deltune.adapters.config import name_of
 from deltune.adapters.delta import Delta
 from deltune.adapters.layers import out_in, site_of
 from deltune.adapters.wrapper import Wrapper
@@ -53,11 +54,8 @@ class Adapted(Wrapper):
         for name in names:
             delta = self.adapters[name]
             if not delta.mergeable:
-                raise AdapterError(
-                    f"{self.site.name}: adapter {name} ({delta.config.method}) cannot be merged, for its change of this "
-                    "layer is not a matrix"
-                )
-            if type(delta).bias_delta is not Delta.bias_delta and not self.site.has_bias:
+                raise AdapterError(f"{self.site.name}: adapter {name} ({name_of(delta.config)}) cannot be merged, for {delta.why_not_mergeable}")
+            if delta.adds_bias and not self.site.has_bias:
                 raise AdapterError(f"{self.site.name}: adapter {name} changes the bias, and this layer has none to merge into")
 
     @torch.no_grad()
@@ -66,7 +64,7 @@ class Adapted(Wrapper):
         layer = self.base_layer
         for name in names:
             delta: Delta = self.adapters[name]
-            W = weights.float_view(out_in(layer, layer.weight)) if delta.reads_base else None
+            W = weights.float_view(out_in(layer, layer.weight))
             bias = layer.bias if self.site.has_bias else None
             bias_delta = delta.bias_delta(W, bias)
             product = delta.product()
@@ -104,8 +102,22 @@ class Below:
         self.adapted.check_mergeable(before)
         for name in before:
             delta = self.adapted.adapters[name]
-            W = W + delta.delta(W if delta.reads_base else None)
+            W = W + delta.delta(W)
         return W
+
+    def bias(self) -> Tensor | None:
+        layer = self.adapted.base_layer
+        if not self.adapted.site.has_bias:
+            return None
+        with gathered(layer.bias):
+            b = weights.float_view(layer.bias)
+        before = self.running[: self.place]
+        for place, name in enumerate(before):
+            delta = self.adapted.adapters[name]
+            if type(delta).bias_delta is not Delta.bias_delta:
+                change = delta.bias_delta(Below(self.adapted, self.running, place).weight(), b)
+                b = b if change is None else b + change
+        return b
 
     def drop(self, x: Tensor) -> Tensor:
         adapted, name = self.adapted, self.running[self.place]

@@ -7,6 +7,7 @@ changes until everything has been checked, so a call that raises leaves the mode
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 from deltune import weights
 from deltune.adapters.adapted import Adapted
+from deltune.adapters.bank import Bank, scopes
 from deltune.adapters.config import AdapterConfig, complaint
 from deltune.adapters.delta import Delta
 from deltune.adapters.layers import out_in, site_of
+from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.targets import output_head, select
 from deltune.adapters.wrapper import TrainedCopy, Wrapper, original, replace, wrappers
+from deltune.dist import gathered
 from deltune.errors import AdapterError
 
 # On the model, while it has adapters: names of the parameters that were trainable before the first one.
@@ -36,6 +40,7 @@ class Prepared:
     name: str
     places: dict[str, nn.Module]  # what stands there now
     deltas: dict[str, Delta]
+    banks: list[Bank]  # what deltas share, each once
     copies: dict[str, nn.Module]
 
 
@@ -46,12 +51,36 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default", se
     Raises AdapterError if the config does not fit the model.
     """
     prepared = prepare(model, config, name)
-    config.delta().check(config, list(prepared.deltas))
+    config.delta_class().check(config, list(prepared.deltas))
+    begin(prepared, seed)
+    install(model, prepared, trainable=True)
+    return model
+
+
+@torch.no_grad()
+def begin(prepared: Prepared, seed: int) -> None:
+    """Fill a prepared adapter with its start: what needs no data, then what looks at the base's weights."""
+    for bank in prepared.banks:
+        if bank.sites[0].device.type == "meta":
+            continue
+        name = type(bank).__name__ if bank.key == "" else f"{type(bank).__name__}.{bank.key}"
+        bank.reset(generator_for(name, seed))
+        if bank.starts_from_base:
+            calls = {site.name: functools.partial(_weight_of, prepared.places[site.name]) for site in bank.sites}
+            bank.start(calls, generator_for(f"{name}.start", seed))
     for place, delta in prepared.deltas.items():
         if delta.site.device.type != "meta":
             delta.reset(generator_for(place, seed))
-    install(model, prepared, trainable=True)
-    return model
+            if delta.starts_from_base:
+                delta.start(_weight_of(prepared.places[place]), generator_for(f"{place}.start", seed))
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge."""
+    layer = original(module)
+    weight = module.originals()["weight"] if isinstance(module, Adapted) else layer.weight
+    with gathered(weight):
+        return weights.float_view(out_in(layer, weight))
 
 
 def generator_for(place: str, seed: int) -> torch.Generator:
@@ -72,10 +101,13 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
     layers, saved = select(model, config)
     first = {id(module): place for place, module in reversed(layers.items())}  # one module may stand in two places
     layers = {place: module for place, module in layers.items() if first[id(module)] == place}
-    make = config.delta()
-    deltas = {place: make(config, site_of(place, original(module))) for place, module in layers.items()}
+    sites = [site_of(place, original(module)) for place, module in layers.items()]
+    make: type[Delta] = Magnitude if config.magnitude else config.delta_class()
+    shared = {attribute: scopes(config, sites, *of) for attribute, of in config.delta_class().banks(config).items()}
+    deltas = {site.name: make(config, site, {attribute: by_name[site.name] for attribute, by_name in shared.items()}) for site in sites}
+    banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
     copies = {place: _copy(place, module) for place, module in saved.items()}
-    return Prepared(name, layers | saved, deltas, copies)
+    return Prepared(name, layers | saved, deltas, banks, copies)
 
 
 def _copy(place: str, module: nn.Module) -> nn.Module:
@@ -91,8 +123,7 @@ def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
     unmerge(model)
     for place, delta in prepared.deltas.items():
         if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
-            layer = original(prepared.places[place])
-            delta.ready(weights.float_view(out_in(layer, layer.weight)))
+            delta.ready(_weight_of(prepared.places[place]))
     names = [*active(model), prepared.name]
     if not hasattr(model, TRAINABLE_BEFORE):
         setattr(model, TRAINABLE_BEFORE, [name for name, p in model.named_parameters() if p.requires_grad])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.layers import Site
 
@@ -26,8 +27,15 @@ class Base(Protocol):
     def weight(self) -> Tensor:
         """W [out, in] in float32 or wider, no gradient. Read it after the base was called, not before."""
 
+    def bias(self) -> Tensor | None:
+        """The layer's own bias [out], no gradient. Read it after the base was called, not before."""
+
     def drop(self, x: Tensor) -> Tensor:
         """x with the adapter's input dropout: x itself in eval mode, without dropout, and for an embedding."""
+
+
+def always(config: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -39,58 +47,79 @@ class PeftFormat:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]  # PEFT's fields -> our config's; AdapterError if they cannot be ours
     fields: frozenset[str]  # those that `read` understands
     harmless: Mapping[str, Any] = field(default_factory=dict)  # fields without effect while they have this value
+    fits: Callable[[Any], bool] = always  # whether PEFT's fields can say this config; else the file is of our own type
 
 
 class Delta(nn.Module):
     """The change that a method makes to one layer.
 
     Subclasses write `build`, `reset` and `delta` (or `product`), and override the rest where it differs. The order of
-    calls is: __init__ (which calls build), then reset or a file's tensors, then ready, then forward.
+    calls is: __init__ (which calls build), then reset and start, or a file's tensors; then ready; then forward.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")  # layers that it can adapt, see `layers.py`
     mergeable: ClassVar[bool] = True  # a matrix ΔW exists
-    reads_base: ClassVar[bool] = False  # delta(W) and out(x, W) need W; else they are handed None
-    factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B), for data-driven starts and paired rules
+    why_not_mergeable: ClassVar[str] = "its change of this layer is not a matrix"
+    additive: ClassVar[bool] = True  # the output is base(x) + out(x): `forward` is not overridden
+    stops_gradient: ClassVar[str] = ""  # which part of the formula has no gradient by intention, if any
+    reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
+    factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
 
-    def __init__(self, config: AdapterConfig, site: Site):
+    def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):
         super().__init__()
         self.config = config
         self.site = site
+        for name, bank in (banks or {}).items():
+            setattr(self, name, bank)  # a submodule that all deltas of its scope hold
         self.build()
 
     @property
     def storage(self) -> dict[str, Any]:
         """Device and type of the method's own tensors, to be passed to torch's constructors."""
-        dtype = self.site.dtype if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        return {"device": self.site.device, "dtype": dtype}
+        return storage_of(self.config, self.site)
 
     @classmethod
     def check(cls, config: AdapterConfig, names: Sequence[str]) -> None:
         """Raise AdapterError if the config says something that is without effect on the layers of these names."""
 
+    @classmethod
+    def banks(cls, config: AdapterConfig) -> Mapping[str, tuple[str, type[Bank]]]:
+        """Tensors shared with other layers: attribute of the delta -> (scope, class of the bank). Scopes: see bank.py."""
+        return {}
+
     def build(self) -> None:
-        """Declare Parameters and buffers from `self.config` and `self.site`. Allocates, does not fill."""
-        raise NotImplementedError
+        """Declare Parameters and buffers from `self.config` and `self.site`. Allocates, does not fill.
 
-    def reset(self, generator: torch.Generator) -> None:
-        """The start that needs no data. It leaves the function unchanged, or the class says by how much it does not.
-
-        Draw from `generator` only, on the CPU in float32, so that every device and type starts alike.
+        Raises AdapterError, naming the layer and what would fit, if the config does not suit the layer's shape.
         """
         raise NotImplementedError
 
+    def reset(self, generator: torch.Generator) -> None:
+        """The start that needs no data. It leaves the function unchanged, or the method says by how much it does not.
+
+        Draw from `generator` only, on the CPU in float32 (see `draw.py`), so that every device and type starts alike.
+        """
+        raise NotImplementedError
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether `start` looks at W. It is then saved with the adapter, so that nothing depends on repeating it."""
+        return type(self).start is not Delta.start
+
+    def start(self, W: Tensor, generator: torch.Generator) -> None:
+        """The part of the start that looks at W [out, in], float32 or wider; called after reset, and not after a load."""
+
     def ready(self, W: Tensor) -> None:
-        """The last step of a start or a load, once W is final; for methods that measure W."""
+        """The last step of a start or a load, once W is final; for methods that measure W and do not save it."""
 
     def product(self) -> tuple[Tensor, Tensor, float] | None:
         """(B, A, s) if ΔW is s·B·A with B [out, r] and A [r, in]; merging then needs no out×in temporary."""
         return None
 
     def delta(self, W: Tensor | None) -> Tensor:
-        """ΔW [out, in], with gradient."""
+        """ΔW [out, in], with gradient. W is given if the method reads it, is not additive, or is being merged."""
         product = self.product()
         if product is None:
             raise NotImplementedError
@@ -104,10 +133,16 @@ class Delta(nn.Module):
         return F.linear(x, self.delta(W).to(x.dtype))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        """The adapted layer's output. Override to act on the layer's input or to multiply its output."""
+        """The adapted layer's output. Override (with `additive = False`) to act on the layer's input or to multiply its
+        output; input dropout is then `base.drop(x)`, on what the adapter sees of x."""
         y = base(x)
         W = base.weight() if self.reads_base else None
         return y + self.out(base.drop(x), W).to(y.dtype)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether merging needs the layer to have a bias of its own."""
+        return False
 
     def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
         """The change of the layer's bias [out] that belongs to ΔW when merging; None if there is none."""
@@ -117,10 +152,34 @@ class Delta(nn.Module):
         """A scalar added to the training loss; None if there is none."""
         return None
 
+    def lr_ratios(self) -> Mapping[str, float]:
+        """Own parameters whose learning rate is a multiple of the rest's, by name. Part of the method, not a setting."""
+        return {}
+
     def ranked(self) -> Mapping[str, int]:
         """What an allocator may mask: parameter name to the dimension that counts ranks."""
         return {}
 
     def leaves(self) -> dict[str, str]:
-        """Names of the saved parameters and buffers, each to its name in the file."""
-        return {name: name for name in self.state_dict()}
+        """Names of the saved parameters and buffers, each to its name in the file. Banks are saved once, by themselves."""
+        own = [name for name in self.state_dict() if name.partition(".")[0] not in self.bank_names()]
+        return {name: name for name in own}
+
+    def bank_names(self) -> list[str]:
+        return [name for name, module in self.named_children() if isinstance(module, Bank)]
+
+    def to_file(self) -> dict[str, Tensor]:
+        """The tensors of the file by their leaf. Override with `from_file` where the file's form is another one."""
+        state = self.state_dict()
+        return {leaf: state[name] for name, leaf in self.leaves().items()}
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors with the names and shapes of `to_file`."""
+        state = self.state_dict()
+        for name, leaf in self.leaves().items():
+            state[name].copy_(tensors[leaf])
+
+
+def storage_of(config: AdapterConfig, site: Site) -> dict[str, Any]:
+    dtype = site.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return {"device": site.device, "dtype": dtype}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from deltune.adapters.config import AdapterConfig
+from deltune.adapters.config import AdapterConfig, name_of
 from deltune.adapters.layers import READ_WEIGHTS, is_altered_linear, kind_of, site_of
 from deltune.adapters.wrapper import TrainedCopy, original, walk
 from deltune.errors import AdapterError
@@ -115,8 +115,8 @@ def _check(name: str, module: nn.Module, parent: nn.Module, config: AdapterConfi
     if isinstance(module, TrainedCopy):
         raise AdapterError(f"{name} is trained in full by adapter {', '.join(module.adapters)}; it cannot be adapted as well")
     site = site_of(name, original(module))
-    if site.kind not in config.delta().kinds:
-        raise AdapterError(f"{name}: {config.method} works on {', '.join(config.delta().kinds)} layers, and this is of kind {site.kind}")
+    if site.kind not in config.delta_class().kinds:
+        raise AdapterError(f"{name}: {name_of(config)} works on {', '.join(config.delta_class().kinds)} layers, and this is of kind {site.kind}")
     if isinstance(parent, READ_WEIGHTS):
         raise AdapterError(
             f"{name}: its owner, a {type(parent).__name__}, reads this layer's weight without calling the layer, so an "

@@ -130,7 +130,7 @@ class _Composer:
             return list[str]  # plain text, or what stands in brackets
         if path in self.keys:
             return self.keys[path][0].hint
-        return None
+        return str if self.is_method(path) else None
 
     # -- one layer ------------------------------------------------------------------------------------------------
 
@@ -171,13 +171,15 @@ class _Composer:
         grouped = self.grouped(groups)
         for key in grouped.keys() & given.keys():
             table = self.table(key[0])
-            if table is not None and key[1] == table.key and grouped[key].value != given[key].value:
+            if table is not None and not table.named and key[1] == table.key and grouped[key].value != given[key].value:
                 self.problem(key, given[key], f"is given twice; first as {shown(grouped[key].value)} ({grouped[key].origin})")
         return grouped | given
 
     def spread(self, path: KeyPath, stated: Stated) -> Iterator[tuple[KeyPath, Stated]]:
         """A value for a whole section as its keys, its primary key, or itself where it is null or a group option."""
         value = stated.value
+        if self.is_method(path):  # `adapter.method=pissa` says the same as `adapter=pissa`
+            path = path[:1]
         if len(path) > 1 or not self.is_section(path[0]):
             if path == PRESET:
                 self.judge_preset(stated)
@@ -189,16 +191,28 @@ class _Composer:
             value = references.escaped(dataclasses.asdict(value))
         if isinstance(value, Mapping):
             for key, item in value.items():
-                yield (*path, str(key)), Stated(item, stated.origin)
-        elif (isinstance(value, str) and value in options(path[0])) or (value is None and table is not None and table.optional):
+                yield from self.spread((*path, str(key)), Stated(item, stated.origin))
+        elif (isinstance(value, str) and value in self.names(path[0])) or (value is None and table is not None and table.optional):
             yield path, stated
+        elif table is not None and table.named and isinstance(value, str):
+            names = self.names(path[0])
+            self.problem(path, stated, f"there are {', '.join(names)}{closest(value, names)}")
         elif primary is not None:
             yield (*path, primary), stated
         else:
-            names = options(path[0])
+            names = self.names(path[0])
             known = f"there are {', '.join(names)}{closest(value, names).rstrip('?')}; " if names else ""
             example = next(key.dotted for key in walk(self.root, load=False) if key.path[0] == path[0])
             self.problem(path, stated, f"is no option; {known}or give single keys, e.g. {example}=..")
+
+    def is_method(self, path: KeyPath) -> bool:
+        table = self.table(path[0]) if path[0] in self.fields else None
+        return len(path) == 2 and path[1] == "method" and table is not None and table.named is not None
+
+    def names(self, group: str) -> list[str]:
+        """What `group=name` can choose: the group's files, and the table's named sets of choices."""
+        table = self.table(group)
+        return sorted({*options(group), *((table.named or {}) if table is not None else {})})
 
     def judge_preset(self, stated: Stated) -> None:
         names = options("preset")
@@ -209,11 +223,18 @@ class _Composer:
 
     def grouped(self, groups: Mapping[str, Stated]) -> Layer:
         """The keys that the chosen options' files state."""
-        if not groups:
-            return {}
-        content = hydra_compose([f"+{group}={stated.value}" for group, stated in groups.items()])
-        return {
-            (group, key): Stated(value, f"{group}={groups[group].value}, {groups[group].origin}")
+        found: Layer = {}
+        files: dict[str, Stated] = {}
+        for group, stated in groups.items():
+            table = self.table(group)
+            if table is None or stated.value not in (table.named or {}):
+                files[group] = stated
+                continue
+            for key, value in table.named[stated.value].items():
+                found[path_of(key)] = Stated(value, f"{group}={stated.value}, {stated.origin}")
+        content = hydra_compose([f"+{group}={stated.value}" for group, stated in files.items()]) if files else {}
+        return found | {
+            (group, key): Stated(value, f"{group}={files[group].value}, {files[group].origin}")
             for group, section in content.items() for key, value in section.items()
         }
 

@@ -46,7 +46,8 @@ class Choice:
 
     `options` maps each name to a dataclass, or to "module:Class" so that heavy modules are imported only when chosen.
     `key` is the field that holds the name. `optional` allows the whole section to be null. `base` is a dataclass with
-    what every option has, so that help can be printed without importing the options.
+    what every option has, so that help can be printed without importing the options. `named` holds sets of choices under one
+    name, by dotted key of the root: `adapter=pissa` states them all.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Choice:
     optional: bool = False
     help: str = ""
     base: type | None = None
+    named: Mapping[str, Mapping[str, Any]] | None = None
 
     def resolve(self, name: str) -> type:
         """The dataclass of one name; KeyError if there is none."""

@@ -33,7 +33,7 @@ SAME = {
     "data.cache": "dataset_prepared_path tokenized_path",
     "data.seed": "data_seed dataset_seed",
     "data.group_by_length": "length_grouped",
-    "adapter.method": "finetuning_type peft_type peft_method use_peft use_lora",
+    "adapter.delta": "finetuning_type peft_type peft_method use_peft use_lora",
     "adapter.rank": "lora_r lora_rank lora_dim r",
     "adapter.alpha": "lora_alpha lora_scaler lora_scaling",
     "adapter.dropout": "lora_dropout",

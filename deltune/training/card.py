@@ -16,7 +16,7 @@ from deltune.training import display, records, storage
 FILE = "README.md"
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SETTINGS = (
-    "seed", "adapter.method", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "optim.name", "optim.lr",
+    "seed", "adapter.delta", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "optim.name", "optim.lr",
     "optim.weight_decay", "optim.max_grad_norm", "schedule.name", "schedule.warmup", "train.steps", "train.epochs",
     "train.micro_batch", "train.accumulate", "data.mode", "data.template", "data.max_length", "engine.name", "engine.precision",
 )  # fmt: skip

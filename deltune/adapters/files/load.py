@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -13,8 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from deltune.adapters.attach import Prepared, install, prepare
+from deltune.adapters.config import ADAPTERS, AdapterConfig, OverTime, complaint
 from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
-from deltune.adapters.files.peft import CONFIG_FILE, PREFIX, TENSOR_FILE, file_tensors, read_config
+from deltune.adapters.files.peft import (
+    CONFIG_FILE,
+    PREFIX,
+    TENSOR_FILE,
+    WHOLE,
+    bank_tensors,
+    file_tensors,
+    form_for,
+    read_config,
+)
 from deltune.adapters.files.save import FORMAT, SIDECAR
 from deltune.adapters.wrapper import base_name
 from deltune.errors import AdapterError, DeltuneError
@@ -38,15 +49,35 @@ def load_adapter(
         fields = _read_json(folder / CONFIG_FILE)
     with _at(folder / TENSOR_FILE):
         tensors = _read_all(folder)
+    recorded: Mapping[str, Any] = {}
     if (folder / SIDECAR).exists():
         with _at(folder / SIDECAR):
-            _check_record(model, folder, _read_json(folder / SIDECAR), any_base)
+            record = _read_json(folder / SIDECAR)
+            _check_record(model, folder, record, any_base)
+            recorded = record.get("config") or {}
     with _at(folder / CONFIG_FILE):
-        prepared = prepare(model, read_config(model, fields, _storage_type(model, tensors)), name)
+        read = read_config(model, fields, _storage_type(model, tensors))
+        prepared = prepare(model, _as_recorded(read, recorded, fields), name)
     with _at(folder / TENSOR_FILE):
         _fill(model, prepared, tensors)
     install(model, prepared, trainable=trainable)
     return model
+
+
+def _as_recorded(read: AdapterConfig, recorded: Mapping[str, Any], fields: Mapping[str, Any]) -> AdapterConfig:
+    """The config as it was given when the adapter was made, where PEFT's fields still say the same; else as they say.
+
+    PEFT's fields tell the function. The record can also tell which part of it was trained, e.g. after a PiSSA start.
+    """
+    try:
+        config_class = ADAPTERS.resolve(recorded["delta"])
+        given = config_class(**{**recorded, "schedule": OverTime(**recorded["schedule"])})
+    except (KeyError, TypeError):  # no record, or one of another version
+        return read
+    written = form_for(given).write(given)
+    if complaint(given) or any(fields.get(name) != value for name, value in written.items()):
+        return read
+    return dataclasses.replace(given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save, dtype=read.dtype)
 
 
 @contextmanager
@@ -123,7 +154,8 @@ def _storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -> None:
     """Copy the file's tensors into the prepared parts; each must be there, fit, and be finite, and none be left over."""
     parts = prepared.deltas | prepared.copies
-    expected = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
+    own = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
+    expected = own | {key: tensor for bank in prepared.banks for key, tensor in bank_tensors(bank).items()}
     given = _without_base_copies(base_tensors(model), tensors, expected)
     missing, left = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or left:
@@ -133,8 +165,13 @@ def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -
             check_tensor(key, given[key], tuple(tensor.shape))
         elif given[key].shape != tensor.shape or given[key].dtype != tensor.dtype:
             raise AdapterError(f"{key}: {given[key].dtype} {list(given[key].shape)} found, {tensor.dtype} {list(tensor.shape)} expected")
-    for key, tensor in expected.items():
-        tensor.copy_(given[key])
+    for bank in prepared.banks:
+        bank.from_file({key.removeprefix(WHOLE): given[key] for key in bank_tensors(bank)})
+    for place, delta in prepared.deltas.items():
+        delta.from_file({leaf: given[f"{PREFIX}{place}.{leaf}"] for leaf in delta.to_file()})
+    for place, copied in prepared.copies.items():
+        for key, tensor in file_tensors(place, copied).items():
+            tensor.copy_(given[key])
 
 
 def _listed(words: str, names: list[str]) -> str:

@@ -5,13 +5,15 @@ Such a field may change what the adapter computes, and ignoring it would load a 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltune.adapters.config import ADAPTERS, METHODS, AdapterConfig
+from deltune.adapters.bank import Bank
+from deltune.adapters.config import ADAPTERS, DELTAS, AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import kind_of
 from deltune.adapters.targets import ALL_LINEAR, ends_with, inside, output_head
@@ -21,6 +23,8 @@ from deltune.errors import AdapterError
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+WHOLE = "base_model."  # tensors that belong to the whole adapter: banks
+OWN = "DELTUNE_"  # our own peft_type: this and the parametrisation's name
 PEFT_VERSION = "0.21.2"  # whose format is written; tests hold it to that version
 
 # Of no effect on what an adapter computes
@@ -33,15 +37,48 @@ HARMLESS = {"bias": "none"}
 
 def format_of(peft_type: Any) -> tuple[type[AdapterConfig], PeftFormat]:
     """The config class and file format of a peft_type. AdapterError names those that are supported."""
-    formats = {}
-    for method in METHODS:
-        config_class = ADAPTERS.resolve(method)
-        form = config_class.delta().peft
+    formats: dict[str, tuple[type[AdapterConfig], PeftFormat]] = {}
+    for delta in DELTAS:
+        config_class = ADAPTERS.resolve(delta)
+        form = config_class.delta_class().peft
         if form is not None:
-            formats[form.type] = (config_class, form)
+            formats.setdefault(form.type, (config_class, form))
+        formats[OWN + delta] = (config_class, own_format(config_class))
     if not isinstance(peft_type, str) or peft_type not in formats:
-        raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(sorted(formats))}")
+        known = sorted(name for name in formats if not name.startswith(OWN))
+        raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(known)}, and our own, which begin with {OWN}")
     return formats[peft_type]
+
+
+def form_for(config: AdapterConfig) -> PeftFormat:
+    """PEFT's format where it can say what this config is, else our own in the same container."""
+    form = config.delta_class().peft
+    if form is None or not form.fits(config):
+        return own_format(type(config))
+    return form
+
+
+# What every method has and `write_fields` says in PEFT's words, and what has no effect on the function
+COMMON = frozenset({"delta", "targets", "exclude", "modules_to_save", "dtype", "schedule"})
+
+
+def own_format(config_class: type[AdapterConfig]) -> PeftFormat:
+    """Our fields as they are, under a peft_type that other programs refuse by name."""
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in COMMON]
+    delta = next((name for name in DELTAS if ADAPTERS.resolve(name) is config_class), None)
+    if delta is None:
+        raise AdapterError(f"{config_class.__name__} is in no table of a file in deltune/adapters/methods, so nothing could read its file back")
+
+    def read(fields: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise AdapterError(f"the fields {', '.join(missing)} are missing")
+        return {name: fields[name] for name in names}
+
+    def write(config: AdapterConfig) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in names}
+
+    return PeftFormat(type=OWN + delta, write=write, read=read, fields=frozenset(names))
 
 
 def check_fields(fields: Mapping[str, Any], form: PeftFormat) -> None:
@@ -142,9 +179,7 @@ def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> Adap
 
 def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
     """PEFT's fields for an adapter on this model."""
-    form = config.delta().peft
-    if form is None:
-        raise AdapterError(f"PEFT has no adapter like {config.method}")
+    form = form_for(config)
     return {
         "peft_type": form.type,
         "peft_version": PEFT_VERSION,
@@ -170,10 +205,13 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def file_tensors(place: str, part: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a delta, or of a module trained in full, by their key in the file; they share the part's memory."""
-    state = part.state_dict()
-    leaves = part.leaves() if isinstance(part, Delta) else {name: name for name in state}
-    return {f"{PREFIX}{place}.{leaf}": state[name] for name, leaf in leaves.items()}
+    """The tensors of a delta, or of a module trained in full, by their key in the file."""
+    tensors = part.to_file() if isinstance(part, Delta) else part.state_dict()
+    return {f"{PREFIX}{place}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+
+def bank_tensors(bank: Bank) -> dict[str, Tensor]:
+    return {f"{WHOLE}{leaf}": tensor for leaf, tensor in bank.to_file().items()}
 
 
 def shortest_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:

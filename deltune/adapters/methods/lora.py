@@ -5,9 +5,7 @@ Scaling: alpha / rank, or alpha / √rank (rsLoRA, arXiv:2312.03732). On an embe
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,60 +13,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters.config import AdapterConfig
+from deltune.adapters import draw
+from deltune.adapters.config import RankedConfig
 from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.ranked import Ranked
 from deltune.config.fields import option
 from deltune.errors import AdapterError
 
+DELTAS = {"lora": "LoraConfig", "dora": "DoraConfig"}
 
-@dataclass(frozen=True)
-class LoraConfig(AdapterConfig):
-    """Low-rank adaptation (arXiv:2106.09685)."""
-
-    method: str = option("lora", "Adaptation method.", choices=("lora",))
-    rank: int = option(8, "Rank of the change.", gt=0)
-    alpha: float = option(16.0, "Strength: the change is scaled by alpha / rank, or alpha / √rank with scaling=rslora.", gt=0)
-    scaling: str = option("standard", "standard: alpha / rank; rslora: alpha / √rank (arXiv:2312.03732).", choices=("standard", "rslora"))
-    init: str = option("kaiming", "Start of A: kaiming: uniform within ±1/√in; gaussian: normal with deviation 1/rank. B starts at zero. An embedding starts with A zero and B normal.", choices=("kaiming", "gaussian"))
-    rank_pattern: dict[str, int] = option({}, "Regular expression over the end of a module name to its own rank; the first that matches counts.")
-    alpha_pattern: dict[str, float] = option({}, "Regular expression over the end of a module name to its own alpha; the first that matches counts.")
-
-    @staticmethod
-    def delta() -> type[Delta]:
-        return Lora
-
-
-SCALINGS: dict[str, Callable[[float, int], float]] = {
-    "standard": lambda alpha, rank: alpha / rank,
-    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+METHODS = {
+    "lora": {
+        "choices": {"delta": "lora"},
+        "paper": "arXiv:2106.09685",
+        "formula": "ΔW = s·BA, s = α/r",
+        "small": {"rank": 2},
+    },
+    "rslora": {
+        "choices": {"delta": "lora", "scaling": "rslora"},
+        "paper": "arXiv:2312.03732",
+        "formula": "ΔW = s·BA, s = α/√r",
+        "small": {"rank": 2},
+    },
+    "dora": {
+        "choices": {"delta": "dora"},
+        "paper": "arXiv:2402.09353",
+        "formula": "W' = diag(m / sg‖W + s·BA‖row)·(W + s·BA), s = α/r",
+        "small": {"rank": 2},
+    },
 }
 
 
-DRAWN = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+@dataclass(frozen=True)
+class LoraConfig(RankedConfig):
+    """Low-rank adaptation (arXiv:2106.09685)."""
+
+    delta: str = option("lora", "Parametrisation of the change.", choices=("lora",))
+    init: str = option("kaiming", "Start of A: kaiming: uniform within ±1/√in; gaussian: normal with deviation 1/rank. B starts at zero. An embedding starts with A zero and B normal.", choices=("kaiming", "gaussian"))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Lora
 
 
-def _kaiming(A: Tensor, generator: torch.Generator) -> Tensor:
-    bound = 1 / math.sqrt(A.shape[1])  # kaiming_uniform with a = √5
-    return torch.empty(A.shape, **DRAWN).uniform_(-bound, bound, generator=generator)
+@dataclass(frozen=True)
+class DoraConfig(LoraConfig):
+    """LoRA with strength and direction apart (arXiv:2402.09353)."""
+
+    delta: str = option("dora", "Parametrisation of the change.", choices=("dora",))
+    magnitude: bool = option(True, "Learn each output's strength apart from its direction.", choices=(True,))
 
 
-def _gaussian(A: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.empty(A.shape, **DRAWN).normal_(std=1 / A.shape[0], generator=generator)
-
-
-INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"kaiming": _kaiming, "gaussian": _gaussian}
-
-
-def value_for(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first key that matches the end of a module's full name, from a dot or the beginning on."""
-    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
-
-
-def pattern_matches(key: str, name: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
-    except re.error as error:
-        raise AdapterError(f"rank_pattern or alpha_pattern: {key!r} is no regular expression: {error}") from None
+INITS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "kaiming": draw.kaiming,
+    "gaussian": lambda shape, generator: draw.normal(shape, 1 / shape[0], generator),
+}
 
 
 # ---------------------------------------------------------------- PEFT's fields
@@ -86,6 +85,7 @@ def _to_peft(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": plain(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.scaling == "rslora",
+        "use_dora": config.magnitude,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {key: plain(alpha) for key, alpha in config.alpha_pattern.items()},
@@ -105,6 +105,7 @@ def _from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "rank": fields.get("r", 8),
         "alpha": fields.get("lora_alpha", 8),
         "dropout": fields.get("lora_dropout", 0.0),
+        "magnitude": bool(fields.get("use_dora")),
         "scaling": "rslora" if fields.get("use_rslora") else "standard",
         "init": "gaussian" if start == "gaussian" else "kaiming",
         "rank_pattern": fields.get("rank_pattern") or {},
@@ -117,32 +118,19 @@ PEFT = PeftFormat(
     write=_to_peft,
     read=_from_peft,
     # fan_in_fan_out tells how the base stores W; the base itself tells us. eva_config tells how A was started.
-    fields=frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "eva_config"}),
+    fields=frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "eva_config"}),
     harmless={"megatron_core": "megatron.core", "qalora_group_size": 16},
 )
 
 
-class Lora(Delta):
+class Lora(Ranked):
     """ΔW = s·B·A. Unchanged at its start."""
 
     kinds = ("linear", "conv1d", "embedding")
     factors = ("lora_A", "lora_B")
     peft = PEFT
 
-    @classmethod
-    def check(cls, config: LoraConfig, names: Sequence[str]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, field):
-                if not any(pattern_matches(key, name) for name in names):
-                    raise AdapterError(f"{field}: {key!r} matches none of the adapted modules, e.g. {names[0]}")
-
     def build(self) -> None:
-        config: LoraConfig = self.config
-        self.rank = value_for(self.site.name, config.rank_pattern, config.rank)
-        alpha = value_for(self.site.name, config.alpha_pattern, config.alpha)
-        if self.rank < 1:
-            raise AdapterError(f"{self.site.name}: rank_pattern gives it rank {self.rank}; a rank is at least 1")
-        self.scale = SCALINGS[config.scaling](alpha, self.rank)
         self.lora_A = nn.Parameter(torch.empty(self.rank, self.site.n_in, **self.storage))
         self.lora_B = nn.Parameter(torch.empty(self.site.n_out, self.rank, **self.storage))
 
@@ -150,9 +138,9 @@ class Lora(Delta):
     def reset(self, generator: torch.Generator) -> None:
         if self.site.kind == "embedding":
             self.lora_A.zero_()
-            self.lora_B.copy_(torch.empty(self.lora_B.shape, **DRAWN).normal_(generator=generator))
+            self.lora_B.copy_(draw.normal(self.lora_B.shape, 1.0, generator))
         else:
-            self.lora_A.copy_(INITS[self.config.init](self.lora_A, generator))
+            self.lora_A.copy_(INITS[self.config.init](self.lora_A.shape, generator))
             self.lora_B.zero_()
 
     def product(self) -> tuple[Tensor, Tensor, float]:

@@ -1,0 +1,105 @@
+"""Bank: tensors that the deltas of one scope share. Every delta of the scope holds the same Bank as a submodule.
+
+Scopes: `model` (one bank), `type` (layers that have one name but for their block's number), `block` (layers of one
+decoder block). A scope's key is part of the tensors' names in the file where there can be more than one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.layers import Site
+from deltune.errors import AdapterError
+
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def type_key(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `self_attn.q_proj`: what layers of one type have in common."""
+    found = list(NUMBER.finditer(f".{name}"))
+    return f".{name}"[found[0].end() :].lstrip(".") or name if found else name
+
+
+def block_key(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `model.layers.3`; empty for a layer outside any block."""
+    found = NUMBER.search(f".{name}")
+    return f".{name}"[1 : found.end()] if found else ""
+
+
+SCOPES: dict[str, Callable[[str], str]] = {"model": lambda name: "", "type": type_key, "block": block_key}
+
+
+class Bank(nn.Module):
+    """Shared tensors: Parameters are trained, buffers are not. Written as a Delta is: build, then reset and start."""
+
+    def __init__(self, config: AdapterConfig, key: str, sites: Sequence[Site]):
+        super().__init__()
+        self.config = config
+        self.key = key  # of the scope; "" for the whole model
+        self.sites = list(sites)  # the scope's layers, in the model's order
+        self.build()
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        from deltune.adapters.delta import storage_of
+
+        return storage_of(self.config, self.sites[0])
+
+    @property
+    def max_in(self) -> int:
+        return max(site.n_in for site in self.sites)
+
+    @property
+    def max_out(self) -> int:
+        return max(site.n_out for site in self.sites)
+
+    def one_shape(self) -> tuple[int, int]:
+        """(out, in) of the scope's layers; AdapterError if they differ."""
+        shapes = {(site.n_out, site.n_in) for site in self.sites}
+        if len(shapes) > 1:
+            names = ", ".join(f"{site.name} {site.n_out}×{site.n_in}" for site in self.sites[:3])
+            raise AdapterError(f"layers that share tensors must have one shape, and these differ: {names}")
+        return next(iter(shapes))
+
+    def build(self) -> None:
+        raise NotImplementedError
+
+    def reset(self, generator: torch.Generator) -> None:
+        """The start without data; see Delta.reset."""
+        raise NotImplementedError
+
+    @property
+    def starts_from_base(self) -> bool:
+        return type(self).start is not Bank.start
+
+    def start(self, weights: Mapping[str, Callable[[], Tensor]], generator: torch.Generator) -> None:
+        """The part of the start that looks at the scope's weights: layer name -> a call that gives W [out, in]."""
+
+    def leaves(self) -> dict[str, str]:
+        """Names of the saved tensors, each to its name in the file, which comes after the file's common prefix."""
+        return {name: f"{name}.{self.key}" if self.key else name for name in self.state_dict()}
+
+    def to_file(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        return {leaf: state[name] for name, leaf in self.leaves().items()}
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        state = self.state_dict()
+        for name, leaf in self.leaves().items():
+            state[name].copy_(tensors[leaf])
+
+
+def scopes(config: AdapterConfig, sites: Sequence[Site], scope: str, bank_class: type[Bank]) -> dict[str, Bank]:
+    """The bank of each layer, by layer name; layers of one scope get the same one."""
+    key_of = SCOPES[scope]
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(key_of(site.name), []).append(site)
+    banks = {key: bank_class(config, key, group) for key, group in groups.items()}
+    return {site.name: banks[key_of(site.name)] for site in sites}

@@ -1,0 +1,92 @@
+"""Magnitude: strength and direction learned apart (DoRA, arXiv:2402.09353), around any delta that adds a matrix.
+
+W' = diag(m / sg‖W + ΔW‖) (W + ΔW), with the norm of each row, m trained, and no gradient through the norm (section 4.3
+of the paper). At its start m is that norm, so the function is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters.bank import Bank
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.delta import Base, Delta
+from deltune.adapters.layers import Site
+
+LEAF = "lora_magnitude_vector"  # PEFT's name for m
+
+
+class Magnitude(Delta):
+    additive = False
+    stops_gradient = "the norm"
+
+    def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):
+        self._banks = banks
+        super().__init__(config, site)
+
+    def build(self) -> None:
+        make = self.config.delta_class()
+        self.inner = make(self.config, self.site, self.__dict__.pop("_banks"))
+        # what the inner delta declares holds for the whole
+        self.kinds, self.factors, self.needs, self.peft = make.kinds, make.factors, make.needs, make.peft
+        self.magnitude = nn.Parameter(torch.empty(self.site.n_out, **self.storage))
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.inner.reset(generator)
+
+    @property
+    def starts_from_base(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def start(self, W: Tensor, generator: torch.Generator) -> None:
+        if self.inner.starts_from_base:
+            self.inner.start(W, generator)
+        self.inner.ready(W)
+        self.magnitude.copy_(self.norms(W))
+
+    def ready(self, W: Tensor) -> None:
+        self.inner.ready(W)
+
+    @torch.no_grad()
+    def norms(self, W: Tensor) -> Tensor:
+        """‖W + ΔW‖ of each row [out]."""
+        return torch.linalg.vector_norm(W + self.inner.delta(W), dim=1)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        W, bias = base.weight(), base.bias()
+        # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
+        gain = (self.magnitude / self.norms(W).to(self.magnitude.dtype)).to(y.dtype)
+        out = self.inner.out(base.drop(x), W if self.inner.reads_base else None).to(y.dtype)
+        plain = y if bias is None else y - bias.to(y.dtype)
+        return y + (gain - 1) * plain + gain * out
+
+    def delta(self, W: Tensor) -> Tensor:
+        whole = W + self.inner.delta(W)
+        return (self.magnitude / self.norms(W)).unsqueeze(1) * whole - W
+
+    def loss(self) -> Tensor | None:
+        return self.inner.loss()
+
+    def lr_ratios(self) -> Mapping[str, float]:
+        return {f"inner.{name}": ratio for name, ratio in self.inner.lr_ratios().items()}
+
+    def ranked(self) -> Mapping[str, int]:
+        return {f"inner.{name}": dimension for name, dimension in self.inner.ranked().items()}
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {**self.inner.to_file(), LEAF: self.magnitude.data}
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.from_file(tensors)
+        self.magnitude.copy_(tensors[LEAF])
+
+    def leaves(self) -> dict[str, str]:
+        return {**{f"inner.{name}": leaf for name, leaf in self.inner.leaves().items()}, "magnitude": LEAF}
+
+    def bank_names(self) -> list[str]:
+        return [f"inner.{name}" for name in self.inner.bank_names()]

@@ -1,0 +1,48 @@
+"""Ranked: what deltas with a rank and an alpha share: per-layer values by pattern, and the scale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from deltune.adapters.config import RankedConfig
+from deltune.adapters.delta import Delta
+from deltune.errors import AdapterError
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+def value_for(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first key that matches the end of a module's full name, from a dot or the beginning on."""
+    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error as error:
+        raise AdapterError(f"rank_pattern or alpha_pattern: {key!r} is no regular expression: {error}") from None
+
+
+class Ranked(Delta):
+    """A delta whose config is a RankedConfig. `self.rank` and `self.scale` are this layer's."""
+
+    def __init__(self, config: RankedConfig, site: Any, banks: Any = None):
+        self.rank = value_for(site.name, config.rank_pattern, config.rank)
+        self.alpha = value_for(site.name, config.alpha_pattern, config.alpha)
+        if self.rank < 1:
+            raise AdapterError(f"{site.name}: rank_pattern gives it rank {self.rank}; a rank is at least 1")
+        self.scale = SCALINGS[config.scaling](self.alpha, self.rank)
+        super().__init__(config, site, banks)
+
+    @classmethod
+    def check(cls, config: RankedConfig, names: Sequence[str]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, field):
+                if not any(pattern_matches(key, name) for name in names):
+                    raise AdapterError(f"{field}: {key!r} matches none of the adapted modules, e.g. {names[0]}")
