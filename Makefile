@@ -23,11 +23,13 @@ faults: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.lora_step --dtype float32 --out benchmarks/results/lora_step_fp32.json
+	$(BIN)/python -m benchmarks.methods_step --out benchmarks/results/methods_step.json
 	$(BIN)/python -m benchmarks.lora_step --dtype bfloat16 --out benchmarks/results/lora_step_bf16.json
 
 # the pages that are generated from the code
 docs: $(STAMP)
 	$(BIN)/python -m deltune.commands.list --write-docs
+	$(BIN)/python -m deltune.commands.catalogue --write-docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check deltune tests benchmarks recipes

@@ -168,6 +168,9 @@ class Delta(nn.Module):
     def bank_names(self) -> list[str]:
         return [name for name, module in self.named_children() if isinstance(module, Bank)]
 
+    def banks_held(self) -> list[Bank]:
+        return [module for module in self.modules() if isinstance(module, Bank)]
+
     def to_file(self) -> dict[str, Tensor]:
         """The tensors of the file by their leaf. Override with `from_file` where the file's form is another one."""
         state = self.state_dict()

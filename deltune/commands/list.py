@@ -131,6 +131,14 @@ def table(section: str) -> Callable[[], Iterator[Row]]:
     return rows
 
 
+def methods() -> Iterator[Row]:
+    """Named adaptation methods; docs/methods.md tells more."""
+    from deltune.adapters.config import METHODS
+
+    for name in sorted(METHODS):
+        yield name, f"{METHODS[name].formula} ({METHODS[name].paper})"
+
+
 def sinks() -> Iterator[Row]:
     from deltune.training.sinks import SINKS
 
@@ -163,7 +171,7 @@ def _comment(file: Path) -> str:
 
 TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
     "models": models,
-    "methods": table("adapter"),
+    "methods": methods,
     "formats": formats,
     "optimizers": table("optim"),
     "schedules": table("schedule"),
