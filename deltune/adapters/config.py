@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import operator
 import typing
 from collections.abc import Mapping
@@ -26,10 +27,28 @@ if TYPE_CHECKING:
 class OverTime:
     """What happens to an adapter and its base while it trains."""
 
-    name: str = option("none", "none: nothing.", choices=("none",))
+    name: str = option("none", "none: nothing; relora: fold the change into the base every so often and begin it anew (arXiv:2307.05695); plora: the same in stages, each with a learning-rate schedule of its own (arXiv:2402.16141); delta_lora: the base follows each step of the change (arXiv:2309.02411).", choices=("none", "relora", "plora", "delta_lora"))
+    every: int = option(1000, "relora, plora: optimizer steps from one merge to the next.", gt=0)
+    moments: str = option("zero", "relora, plora: what becomes of the optimizer's moments of the adapter at a merge. zero: all are set to zero, the step count stays; forget: as if the parameters were new; random, magnitude: a share of them is set to zero, at random or the smallest.", choices=("zero", "forget", "random", "magnitude"))
+    prune: float = option(0.9, "Share that moments=random and magnitude set to zero.", gt=0, le=1)
+    rewarm: float = option(0.1, "relora, plora: linear warm-up of the learning rate after a merge: below 1 a fraction of `every`, else a number of steps; 0 for none.", ge=0)
+    restart: bool = option(False, "relora, plora: run the whole learning-rate schedule, its warm-up included, anew after each merge, in place of `rewarm`.")
+    momentum: float = option(0.0, "plora: share m of the change that stays in the adapter at a merge: W takes (1 - m)·ΔW and B becomes m·B.", ge=0, lt=1)
+    begin: int = option(500, "delta_lora: optimizer steps before the base begins to follow.", ge=0)
+    ratio: float = option(2.0, "delta_lora: how far the base follows: W takes ratio times each step's change of ΔW.", gt=0)
 
     def __bool__(self) -> bool:
         return self.name != "none"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the change is folded into the base from time to time."""
+        return self.name in ("relora", "plora")
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the base is another one after training, so that the adapter's files alone are not the trained function."""
+        return self.merges or self.name == "delta_lora"
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,22 @@ def named(name: str, **fields: Any) -> AdapterConfig:
         values["schedule"] = OverTime(**over_time)
     delta = fields.get("delta", values["delta"])
     return ADAPTERS.resolve(delta)(**(values | fields))
+
+
+def method(name: str, **fields: Any) -> AdapterConfig:
+    """The config of a named method, with these fields besides its own choices: `method("pissa", rank=16)`.
+
+    Raises AdapterError for a name or field that does not exist.
+    """
+    from deltune.errors import AdapterError
+
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
+        raise AdapterError(f"there is no method {name!r}; nearest: {', '.join(close) or ', '.join(sorted(METHODS))}")
+    try:
+        return named(name, **fields)
+    except TypeError as error:
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def name_of(config: AdapterConfig) -> str:
