@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for editors; at run time the names come from __getattr__
     from deltune.adapters.attach import attach, detach, disabled, merge, switch  # noqa: F401
-    from deltune.adapters.config import method  # noqa: F401
     from deltune.adapters.files import load_adapter, save_adapter  # noqa: F401
     from deltune.adapters.methods.lora import LoraConfig  # noqa: F401
+    from deltune.adapters.named import method  # noqa: F401
     from deltune.commands.train import train  # noqa: F401
     from deltune.errors import DeltuneError  # noqa: F401
     from deltune.settings import Run  # noqa: F401
@@ -32,7 +32,7 @@ _PUBLIC = {
     "disabled": "deltune.adapters.attach",
     "load_adapter": "deltune.adapters.files",
     "merge": "deltune.adapters.attach",
-    "method": "deltune.adapters.config",
+    "method": "deltune.adapters.named",
     "save_adapter": "deltune.adapters.files",
     "switch": "deltune.adapters.attach",
     "train": "deltune.commands.train",

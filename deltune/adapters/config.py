@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import operator
 import typing
 from collections.abc import Mapping
@@ -157,22 +156,6 @@ def named(name: str, **fields: Any) -> AdapterConfig:
         values["schedule"] = OverTime(**over_time)
     delta = fields.get("delta", values["delta"])
     return ADAPTERS.resolve(delta)(**(values | fields))
-
-
-def method(name: str, **fields: Any) -> AdapterConfig:
-    """The config of a named method, with these fields besides its own choices: `method("pissa", rank=16)`.
-
-    Raises AdapterError for a name or field that does not exist.
-    """
-    from deltune.errors import AdapterError
-
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
-        raise AdapterError(f"there is no method {name!r}; nearest: {', '.join(close) or ', '.join(sorted(METHODS))}")
-    try:
-        return named(name, **fields)
-    except TypeError as error:
-        raise AdapterError(f"{name}: {error}") from None
 
 
 def name_of(config: AdapterConfig) -> str:
