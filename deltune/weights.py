@@ -155,7 +155,7 @@ def _sum_type(*tensors: Tensor) -> torch.dtype:
 def add_to_weight(weight: Tensor, delta: Tensor) -> None:
     """weight ← weight + delta [out, in], in place; the sum is formed in float32 and rounded once."""
     dtype = _sum_type(weight, delta)
-    for rows in _row_blocks(weight):
+    for rows in row_blocks(weight):
         weight[rows].copy_(weight[rows].to(dtype) + delta[rows].to(dtype))
 
 
@@ -164,12 +164,13 @@ def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: fl
     """weight ← weight + scale · left [out, r] @ right [r, in], in place, without a whole out×in temporary."""
     dtype = _sum_type(weight, left, right)
     right = right.to(dtype)
-    for rows in _row_blocks(weight):
+    for rows in row_blocks(weight):
         block = weight[rows].to(dtype, copy=True)
         weight[rows].copy_(block.addmm_(left[rows].to(dtype), right, alpha=scale))
 
 
-def _row_blocks(weight: Tensor) -> list[slice]:
+def row_blocks(weight: Tensor) -> list[slice]:
+    """Slices of a weight's first dimension, each of which is a block of about BLOCK_ELEMENTS values."""
     if weight.ndim < 2:
         return [slice(None)]
     step = max(1, BLOCK_ELEMENTS // max(1, weight[0].numel()))
