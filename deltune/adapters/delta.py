@@ -48,6 +48,7 @@ class PeftFormat:
     fields: frozenset[str]  # those that `read` understands
     harmless: Mapping[str, Any] = field(default_factory=dict)  # fields without effect while they have this value
     fits: Callable[[Any], bool] = always  # whether PEFT's fields can say this config; else the file is of our own type
+    told: Callable[[Mapping[str, Any]], bool] | None = None  # of several with one peft_type: whether fields are this one's
 
 
 class Delta(nn.Module):
@@ -83,6 +84,11 @@ class Delta(nn.Module):
     @classmethod
     def check(cls, config: AdapterConfig, names: Sequence[str]) -> None:
         """Raise AdapterError if the config says something that is without effect on the layers of these names."""
+
+    @classmethod
+    def no_matrix(cls, config: AdapterConfig) -> str:
+        """Why the change that this config makes is not a matrix; empty where it is one. Override where that is a setting."""
+        return "" if cls.mergeable else cls.why_not_mergeable
 
     @classmethod
     def banks(cls, config: AdapterConfig) -> Mapping[str, tuple[str, type[Bank]]]:

@@ -35,19 +35,22 @@ SELECTION = frozenset({"target_modules", "exclude_modules", "modules_to_save", "
 HARMLESS = {"bias": "none"}
 
 
-def format_of(peft_type: Any) -> tuple[type[AdapterConfig], PeftFormat]:
-    """The config class and file format of a peft_type. AdapterError names those that are supported."""
-    formats: dict[str, tuple[type[AdapterConfig], PeftFormat]] = {}
+def format_of(fields: Mapping[str, Any]) -> tuple[type[AdapterConfig], PeftFormat]:
+    """The config class and file format that these fields are in. AdapterError names the supported peft_types."""
+    formats: dict[str, list[tuple[type[AdapterConfig], PeftFormat]]] = {}
     for delta in DELTAS:
         config_class = ADAPTERS.resolve(delta)
         form = config_class.delta_class().peft
         if form is not None:
-            formats.setdefault(form.type, (config_class, form))
-        formats[OWN + delta] = (config_class, own_format(config_class))
+            formats.setdefault(form.type, []).append((config_class, form))
+        formats[OWN + delta] = [(config_class, own_format(config_class))]
+    peft_type = fields.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in formats:
         known = sorted(name for name in formats if not name.startswith(OWN))
         raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(known)}, and our own, which begin with {OWN}")
-    return formats[peft_type]
+    sharing = formats[peft_type]
+    told = [found for found in sharing if found[1].told is not None and found[1].told(fields)]
+    return (told or [found for found in sharing if found[1].told is None] or sharing)[0]
 
 
 def form_for(config: AdapterConfig) -> PeftFormat:
@@ -172,7 +175,7 @@ def _in_layers(name: str, fields: Mapping[str, Any]) -> bool:
 
 def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> AdapterConfig:
     """Our config for PEFT's fields, with the targets spelled out for this model."""
-    config_class, form = format_of(fields.get("peft_type"))
+    config_class, form = format_of(fields)
     check_fields(fields, form)
     return config_class(targets=target_names(model, fields), modules_to_save=saved_names(fields), dtype=dtype, **form.read(fields))
 
