@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 
 import pytest
 import torch
@@ -165,10 +166,10 @@ def test_fields_that_say_nothing_are_no_obstacle(folder):
     assert torch.equal(load_adapter(tiny_model(), folder)(IDS).logits, before)
 
 
-@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", "XLORA", "PREFIX_TUNING", "lora", None, 3, [], {}])
+@pytest.mark.parametrize("kind", ["XLORA", "NO_SUCH_TYPE", "lora", None, 3, [], {}])
 def test_another_method_is_refused_by_name(folder, kind):
     change_fields(folder, peft_type=kind)
-    refused(folder, rf"peft_type is {kind!r}; supported are LORA".replace("[", r"\[").replace("{", r"\{"))
+    refused(folder, rf"peft_type is {re.escape(repr(kind))}; supported are .*LORA")
 
 
 @pytest.mark.parametrize(

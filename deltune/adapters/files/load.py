@@ -56,7 +56,7 @@ def load_adapter(
             _check_record(model, folder, record, any_base)
             recorded = record.get("config") or {}
     with _at(folder / CONFIG_FILE):
-        read = read_config(model, fields, _storage_type(model, tensors))
+        read = read_config(model, fields, storage_type(model, tensors))
         prepared = prepare(model, _as_recorded(read, recorded, fields), name)
     with _at(folder / TENSOR_FILE):
         _fill(model, prepared, tensors)
@@ -136,7 +136,7 @@ def _check_record(model: nn.Module, folder: Path, record: Mapping[str, Any], any
         logger.warning("%s: the base model's shapes fit; its weights cannot be compared, for the adapter was made in another number type", folder)
 
 
-def _storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+def storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """The config's dtype that holds what is in the file without loss."""
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} or {torch.float32}
     unknown = found - COARSER.keys()
