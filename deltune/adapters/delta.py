@@ -48,7 +48,10 @@ class PeftFormat:
     fields: frozenset[str]  # those that `read` understands
     harmless: Mapping[str, Any] = field(default_factory=dict)  # fields without effect while they have this value
     fits: Callable[[Any], bool] = always  # whether PEFT's fields can say this config; else the file is of our own type
+    lacks: frozenset[str] = frozenset()  # of the fields of every method, those that PEFT's config of this one does not have
     told: Callable[[Mapping[str, Any]], bool] | None = None  # of several with one peft_type: whether fields are this one's
+    # a layer's tensors in a file of PEFT's, by leaf -> those that ours would hold: (fields, delta, tensors, a call that gives W)
+    complete: Callable[[Mapping[str, Any], Delta, Mapping[str, Tensor], Callable[[], Tensor]], Mapping[str, Tensor]] | None = None
 
 
 class Delta(nn.Module):

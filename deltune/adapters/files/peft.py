@@ -183,7 +183,7 @@ def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> Adap
 def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
     """PEFT's fields for an adapter on this model."""
     form = form_for(config)
-    return {
+    fields = {
         "peft_type": form.type,
         "peft_version": PEFT_VERSION,
         "task_type": _task_type(model),
@@ -199,6 +199,7 @@ def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, D
         "bias": "none",
         **form.write(config),
     }
+    return {name: value for name, value in fields.items() if name not in form.lacks}
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -210,7 +211,11 @@ def _task_type(model: nn.Module) -> str | None:
 def file_tensors(place: str, part: nn.Module) -> dict[str, Tensor]:
     """The tensors of a delta, or of a module trained in full, by their key in the file."""
     tensors = part.to_file() if isinstance(part, Delta) else part.state_dict()
-    return {f"{PREFIX}{place}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    return {file_key(place, part, leaf): tensor for leaf, tensor in tensors.items()}
+
+
+def file_key(place: str, part: nn.Module, leaf: str) -> str:
+    return leaf if isinstance(part, Delta) and part.named_alone else f"{PREFIX}{place}.{leaf}"
 
 
 def bank_tensors(bank: Bank) -> dict[str, Tensor]:

@@ -1,0 +1,196 @@
+"""Scales and small rotations of a layer's output or input: RoAd (arXiv:2409.00119) and (IA)³ (arXiv:2205.05638).
+
+Both multiply, so a strength of exactly 1 changes nothing. What is computed is the distance from 1, which a short number
+type keeps where 1 + a small step would be rounded away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.delta import Base, Delta, PeftFormat
+from deltune.adapters.targets import ends_with
+from deltune.config.fields import option
+from deltune.errors import AdapterError
+
+DELTAS = {"road": "RoadConfig", "ia3": "Ia3Config"}
+
+METHODS = {
+    "road": {
+        "choices": {"delta": "road"},
+        "paper": "arXiv:2409.00119",
+        "formula": "y = R(Wx + b), R of 2×2 blocks [c −s; s c], c = α·cos θ, s = α·sin θ",
+        "small": {"group_size": 4},
+        "note": "The pairs are the two halves of each group, as in PEFT; the paper pairs neighbours, which is the same but for the order of the outputs.",
+    },
+    "road_2": {
+        "choices": {"delta": "road", "variant": "road_2"},
+        "paper": "arXiv:2409.00119",
+        "formula": "as road, with an α and θ for each output",
+        "small": {"group_size": 4},
+    },
+    "road_4": {
+        "choices": {"delta": "road", "variant": "road_4"},
+        "paper": "arXiv:2409.00119",
+        "formula": "as road, with an α and θ for each of the four entries of a block",
+        "small": {"group_size": 4},
+    },
+    "ia3": {
+        "choices": {"delta": "ia3"},
+        "paper": "arXiv:2205.05638",
+        "formula": "y = l⊙(Wx + b); in the second feed-forward layer y = W(l⊙x) + b",
+        "note": "The paper adapts keys, values and the second feed-forward layer: targets=[k_proj,v_proj,down_proj] on a Llama.",
+    },
+}
+
+# Names of a block's second feed-forward layer in common models
+SECOND_FEED_FORWARD = ["down_proj", "fc2", "w2", "wo", "mlp.c_proj", "dense_4h_to_h"]
+
+
+@dataclass(frozen=True)
+class RoadConfig(AdapterConfig):
+    """Rotations of pairs of outputs (arXiv:2409.00119)."""
+
+    delta: str = option("road", "Parametrisation of the change.", choices=("road",))
+    variant: str = option("road_1", "road_1: one angle and strength a pair; road_2: one an output; road_4: one an entry of the 2×2 block.", choices=("road_1", "road_2", "road_4"))
+    group_size: int = option(64, "Outputs in a group, whose first half is paired with its second. Even, and divides every layer's outputs.", gt=0)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Road
+
+
+@dataclass(frozen=True)
+class Ia3Config(AdapterConfig):
+    """A strength for each output, or input (arXiv:2205.05638)."""
+
+    delta: str = option("ia3", "Parametrisation of the change.", choices=("ia3",))
+    feed_forward: list[str] | str = option(SECOND_FEED_FORWARD, "Modules whose input is scaled instead of their output: module name endings, or one regular expression over the full name.")
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Ia3
+
+
+class Road(Delta):
+    """y' = R y. Legend: g groups of h pairs; halves [..., g, 2, h]."""
+
+    additive = False
+    peft = PeftFormat(
+        type="ROAD",
+        write=lambda config: {"variant": config.variant, "group_size": config.group_size, "init_weights": True},
+        read=lambda fields: {"variant": fields.get("variant", "road_1"), "group_size": fields.get("group_size", 64)},
+        fields=frozenset({"variant", "group_size", "init_weights"}),
+        fits=lambda config: not config.dropout,  # PEFT has no dropout here
+        lacks=frozenset({"bias", "exclude_modules", "layers_to_transform", "layers_pattern"}),
+    )
+
+    def build(self) -> None:
+        size, n = self.config.group_size, self.site.n_out
+        if size % 2 or n % size:
+            fitting = [d for d in range(2, min(n, 256) + 1, 2) if n % d == 0]
+            raise AdapterError(f"{self.site.name}: group_size {size} must be even and divide its {n} outputs; {', '.join(map(str, fitting)) or 'none'} would")
+        count = {"road_1": n // 2, "road_2": n, "road_4": 2 * n}[self.config.variant]
+        self.road_theta = nn.Parameter(torch.empty(count, **self.storage))
+        self.road_alpha = nn.Parameter(torch.empty(count, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.road_theta.zero_()
+        self.road_alpha.fill_(1.0)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """(α·cos θ − 1, α·sin θ) [g, 2, h]; of the second the half that is subtracted is negative."""
+        h = self.config.group_size // 2
+        theta, alpha = self.road_theta, self.road_alpha
+        if self.config.variant == "road_1":
+            theta, alpha = theta.view(-1, 1, h), alpha.view(-1, 1, h)
+            c, s = alpha * theta.cos() - 1, alpha * theta.sin()
+            return c, torch.cat([-s, s], dim=1)
+        if self.config.variant == "road_2":
+            theta, alpha = theta.view(-1, 2, h), alpha.view(-1, 2, h)
+            c, s = alpha * theta.cos() - 1, alpha * theta.sin()
+        else:
+            theta, alpha = theta.view(-1, 2, 2, h), alpha.view(-1, 2, 2, h)  # of a group first those of the cosines
+            c, s = alpha[:, 0] * theta[:, 0].cos() - 1, alpha[:, 1] * theta[:, 1].sin()
+        return c, torch.cat([-s[:, :1], s[:, 1:]], dim=1)
+
+    def turned(self, y: Tensor, z: Tensor) -> Tensor:
+        """y + (R − I) z, both [..., out]."""
+        c, s = (t.to(y.dtype) for t in self.coefficients())
+        halves = z.unflatten(-1, (-1, 2, self.config.group_size // 2))
+        out = torch.addcmul(halves if z is y else y.unflatten(-1, halves.shape[-3:]), halves, c)
+        return torch.addcmul(out, halves.flip(-2), s).flatten(-3)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        seen = base.drop(x)
+        return self.turned(y, y if seen is x else base(seen))
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.turned(torch.zeros_like(W.T), W.T).T
+
+    def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else self.turned(torch.zeros_like(bias), bias)
+
+
+def _ia3_to_peft(config: Ia3Config) -> dict[str, Any]:
+    # as an expression, for PEFT's endings need not begin at a dot
+    names = config.feed_forward
+    pattern = names if isinstance(names, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})" if names else []
+    return {"feedforward_modules": pattern, "fan_in_fan_out": False, "init_ia3_weights": True}
+
+
+def _ia3_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = fields.get("feedforward_modules")
+    if names is None:
+        raise AdapterError("feedforward_modules is missing: the file does not say which layers' inputs are scaled")
+    return {"feed_forward": names if isinstance(names, str) or not names else rf".*(?:{'|'.join(map(re.escape, sorted(names)))})"}
+
+
+class Ia3(Delta):
+    """y' = l⊙y, or x' = l⊙x where the layer is a feed-forward one. Unchanged at l = 1."""
+
+    additive = False
+    peft = PeftFormat(
+        type="IA3",
+        write=_ia3_to_peft,
+        read=_ia3_from_peft,
+        fields=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),
+        fits=lambda config: not config.dropout,
+        lacks=frozenset({"bias", "layers_to_transform", "layers_pattern"}),
+    )
+
+    def build(self) -> None:
+        names = self.config.feed_forward
+        try:
+            self.on_input = bool(re.fullmatch(names, self.site.name)) if isinstance(names, str) else any(ends_with(self.site.name, name) for name in names)
+        except re.error as error:
+            raise AdapterError(f"feed_forward: {names!r} is no regular expression: {error}") from None
+        shape = (1, self.site.n_in) if self.on_input else (self.site.n_out, 1)
+        self.ia3_l = nn.Parameter(torch.empty(shape, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.ia3_l.fill_(1.0)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        step = self.ia3_l.flatten() - 1
+        seen = base.drop(x)
+        if self.on_input:
+            return base(torch.addcmul(x, seen, step.to(x.dtype)))
+        y = base(x)
+        return torch.addcmul(y, y if seen is x else base(seen), step.to(y.dtype))
+
+    def delta(self, W: Tensor) -> Tensor:
+        return (self.ia3_l - 1) * W
+
+    def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None or self.on_input else (self.ia3_l.flatten() - 1) * bias
