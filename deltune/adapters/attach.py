@@ -63,7 +63,7 @@ def begin(prepared: Prepared, seed: int) -> None:
     for bank in prepared.banks:
         if bank.sites[0].device.type == "meta":
             continue
-        name = type(bank).__name__ if bank.key == "" else f"{type(bank).__name__}.{bank.key}"
+        name = f"{type(bank).__name__}.{bank.name}.{bank.key}"
         bank.reset(generator_for(name, seed))
         if bank.starts_from_base:
             calls = {site.name: functools.partial(_weight_of, prepared.places[site.name]) for site in bank.sites}
@@ -103,7 +103,7 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
     layers = {place: module for place, module in layers.items() if first[id(module)] == place}
     sites = [site_of(place, original(module)) for place, module in layers.items()]
     make: type[Delta] = Magnitude if config.magnitude else config.delta_class()
-    shared = {attribute: scopes(config, sites, *of) for attribute, of in config.delta_class().banks(config).items()}
+    shared = {attribute: scopes(config, sites, attribute, *of) for attribute, of in config.delta_class().banks(config).items()}
     deltas = {site.name: make(config, site, {attribute: by_name[site.name] for attribute, by_name in shared.items()}) for site in sites}
     banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
     copies = {place: _copy(place, module) for place, module in saved.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deltune.adapters.config import AdapterConfig
+from deltune.adapters.config import AdapterConfig, RankedConfig
 from deltune.adapters.delta import Delta
 
 Rule = Callable[[AdapterConfig, type[Delta]], str | None]
@@ -27,7 +27,13 @@ def magnitude_goes_around_sums(config: AdapterConfig, delta: type[Delta]) -> str
     return None
 
 
-RULES: tuple[Rule, ...] = (magnitude_needs_a_matrix, magnitude_goes_around_sums)
+def layers_that_share_have_one_rank(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    if isinstance(config, RankedConfig) and config.rank_pattern and delta.banks(config):
+        return f"rank_pattern cannot go with {config.delta}: its layers share tensors, and those have one rank"
+    return None
+
+
+RULES: tuple[Rule, ...] = (magnitude_needs_a_matrix, magnitude_goes_around_sums, layers_that_share_have_one_rank)
 
 
 def problems(config: AdapterConfig) -> list[str]:

@@ -32,6 +32,7 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module
         layers = _by_pattern(candidates, config.targets)
     else:
         layers = _by_names(candidates, config.targets)
+    layers = {name: module for name, module in modules.items() if name in layers}  # in the model's order, whatever the list's
     if not layers:
         raise AdapterError(_nothing(model, modules, config))
     for name, module in layers.items():
