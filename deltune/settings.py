@@ -55,6 +55,11 @@ class Run:
         """Where the run leaves everything, relative to the current folder unless `output` is absolute."""
         return Path(self.output) / (self.name or self._made_name())
 
+    @property
+    def result(self) -> str:
+        """What the run leaves in its folder: `adapter`, or `model` where the model's own weights have moved."""
+        return "model" if self.adapter is None or self.adapter.schedule.moves_base else "adapter"
+
     def _made_name(self) -> str:
         content = {key: value for key, value in self.to_dict().items() if key not in ("name", "output", "resume")}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
@@ -399,13 +404,13 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     config = folder / "config.yaml"
     run = load_run(file=config)
     label = str(config)
-    stated["adapter"] = _only_if_there(folder / "adapter") if run.adapter is not None else None
+    stated["adapter"] = _only_if_there(folder / "adapter") if run.result == "adapter" else None
     taken: dict[str, dict[str, Any]] = {"model": asdict(run.model), "engine": {"precision": run.engine.precision}}
     # what only training reads has no meaning here
     taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": False, "start": "pretrained"}
-    if run.adapter is not None and run.model.start == "random":
+    if run.result == "adapter" and run.model.start == "random":
         raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
-    if run.adapter is None:
+    if run.result == "model":
         taken["model"] |= {"path": _only_if_there(folder / "model"), "revision": None}
     if cls is EvalSettings:
         taken["data"] = asdict(run.data)

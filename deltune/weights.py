@@ -152,11 +152,19 @@ def _sum_type(*tensors: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def add_to_weight(weight: Tensor, delta: Tensor) -> None:
-    """weight ← weight + delta [out, in], in place; the sum is formed in float32 and rounded once."""
+def add_to_weight(weight: Tensor, delta: Tensor, carried: Tensor | None = None) -> None:
+    """weight ← weight + delta [out, in], in place; the sum is formed in float32 and rounded once.
+
+    `carried`, like the weight, is what rounding took from it before: it is added, and left holding what it takes now.
+    """
     dtype = _sum_type(weight, delta)
     for rows in row_blocks(weight):
-        weight[rows].copy_(weight[rows].to(dtype) + delta[rows].to(dtype))
+        whole = weight[rows].to(dtype) + delta[rows].to(dtype)
+        if carried is not None:
+            whole += carried[rows].to(dtype)
+        weight[rows].copy_(whole)
+        if carried is not None:
+            carried[rows].copy_(whole - weight[rows].to(dtype))
 
 
 @torch.no_grad()

@@ -80,13 +80,13 @@ def deltas_of(model, name="default"):
     return {place: wrapper.adapters[name] for place, wrapper in wrappers(model) if name in wrapper.adapters}
 
 
-def shaken(model, seed=0, names=("default",)):
+def shaken(model, seed=0, names=("default",), size=0.3):
     """Move adapters away from their start, so that no term of their formula is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(f".adapters.{adapter}." in name for adapter in names):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 

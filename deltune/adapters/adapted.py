@@ -59,8 +59,8 @@ class Adapted(Wrapper):
                 raise AdapterError(f"{self.site.name}: adapter {name} changes the bias, and this layer has none to merge into")
 
     @torch.no_grad()
-    def fold(self, names: Sequence[str]) -> None:
-        """Write deltas into the base layer's own tensors, one after the other."""
+    def fold(self, names: Sequence[str], share: float = 1.0) -> None:
+        """Write deltas, or a share of each, into the base layer's own tensors, one after the other."""
         layer = self.base_layer
         for name in names:
             delta: Delta = self.adapters[name]
@@ -69,13 +69,13 @@ class Adapted(Wrapper):
             bias_delta = delta.bias_delta(W, bias)
             product = delta.product()
             if product is None:
-                weights.add_to_weight(layer.weight, out_in(layer, delta.delta(W)))
+                weights.add_to_weight(layer.weight, out_in(layer, delta.delta(W) * share))
             else:
                 left, right, scale = product
                 stored = (left, right) if self.site.kind == "linear" else (right.T, left.T)
-                weights.add_product_to_weight(layer.weight, *stored, scale)
+                weights.add_product_to_weight(layer.weight, *stored, scale * share)
             if bias_delta is not None:
-                weights.add_to_weight(bias, bias_delta)
+                weights.add_to_weight(bias, bias_delta * share)
 
 
 class Below:

@@ -58,7 +58,7 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default", se
 
 
 @torch.no_grad()
-def begin(prepared: Prepared, seed: int) -> None:
+def begin(prepared: Prepared, seed: int | str) -> None:
     """Fill a prepared adapter with its start: what needs no data, then what looks at the base's weights."""
     for bank in prepared.banks:
         if bank.sites[0].device.type == "meta":
@@ -66,16 +66,16 @@ def begin(prepared: Prepared, seed: int) -> None:
         name = f"{type(bank).__name__}.{bank.name}.{bank.key}"
         bank.reset(generator_for(name, seed))
         if bank.starts_from_base:
-            calls = {site.name: functools.partial(_weight_of, prepared.places[site.name]) for site in bank.sites}
+            calls = {site.name: functools.partial(weight_of, prepared.places[site.name]) for site in bank.sites}
             bank.start(calls, generator_for(f"{name}.start", seed))
     for place, delta in prepared.deltas.items():
         if delta.site.device.type != "meta":
             delta.reset(generator_for(place, seed))
             if delta.starts_from_base:
-                delta.start(_weight_of(prepared.places[place]), generator_for(f"{place}.start", seed))
+                delta.start(weight_of(prepared.places[place]), generator_for(f"{place}.start", seed))
 
 
-def _weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
     """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge."""
     layer = original(module)
     weight = module.originals()["weight"] if isinstance(module, Adapted) else layer.weight
@@ -83,7 +83,13 @@ def _weight_of(module: nn.Module) -> Tensor:
         return weights.float_view(out_in(layer, weight))
 
 
-def generator_for(place: str, seed: int) -> torch.Generator:
+def ready(module: nn.Module, delta: Delta) -> None:
+    """Have a delta take its last step before it runs, on the base weight of its layer as it is now."""
+    if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
+        delta.ready(weight_of(module))
+
+
+def generator_for(place: str, seed: int | str) -> torch.Generator:
     """Random numbers for one layer, the same whatever else is adapted and on every device."""
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -122,8 +128,7 @@ def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
     """Put a prepared adapter in, filled, and freeze everything that is not an adapter's."""
     unmerge(model)
     for place, delta in prepared.deltas.items():
-        if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
-            delta.ready(_weight_of(prepared.places[place]))
+        ready(prepared.places[place], delta)
     names = [*active(model), prepared.name]
     if not hasattr(model, TRAINABLE_BEFORE):
         setattr(model, TRAINABLE_BEFORE, [name for name, p in model.named_parameters() if p.requires_grad])
@@ -255,7 +260,7 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
     for _, wrapper in _adapted(model):
         wrapper.check_mergeable([n for n in names if n in wrapper.adapters])
     _check_sole_copies(model, names)
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     replaced: dict[int, nn.Module] = {}
     for _, wrapper in wrappers(model):
         held = [n for n in names if n in wrapper.adapters]
@@ -309,7 +314,7 @@ def _check_sole_copies(model: nn.Module, names: Sequence[str]) -> None:
             raise AdapterError(f"{place} is trained in full by adapter {others[0]} as well, whose copy would be lost; detach it first")
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that more than one module holds."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():

@@ -33,7 +33,52 @@ def layers_that_share_have_one_rank(config: AdapterConfig, delta: type[Delta]) -
     return None
 
 
-RULES: tuple[Rule, ...] = (magnitude_needs_a_matrix, magnitude_goes_around_sums, layers_that_share_have_one_rank)
+def moving_the_base_needs_a_matrix(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    if config.schedule.moves_base and delta.no_matrix(config):
+        return f"schedule.name cannot be {config.schedule.name} with {config.delta}: it writes the change into the base weight, and {delta.no_matrix(config)}"
+    return None
+
+
+def momentum_needs_a_factor(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    time = config.schedule
+    if time.momentum and time.name == "plora" and (delta.factors is None or delta.reads_base or config.magnitude):
+        return f"schedule.momentum needs a change in proportion to a factor B that can be scaled, and {config.delta}{' with magnitude' if config.magnitude else ''} has none"
+    return None
+
+
+def following_needs_the_whole_change(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    if config.schedule.name == "delta_lora" and config.dropout:
+        return "dropout cannot go with schedule.name=delta_lora: the base takes the whole step of a change of which dropout trained a part"
+    return None
+
+
+def time_settings_have_an_effect(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    time, default = config.schedule, type(config.schedule)()
+    without = [
+        (not time.merges, ("every", "moments", "rewarm", "restart"), "it belongs to relora and plora"),
+        (not time.merges or time.moments not in ("random", "magnitude"), ("prune",), "it belongs to schedule.moments=random and magnitude"),
+        (time.restart, ("rewarm",), "with schedule.restart the schedule's own warm-up is run after each merge"),
+        (time.name != "plora", ("momentum",), "it belongs to plora"),
+        (time.name != "delta_lora", ("begin", "ratio"), "it belongs to delta_lora"),
+    ]
+    for idle, keys, reason in without:
+        for key in keys:
+            if idle and getattr(time, key) != getattr(default, key):
+                return f"schedule.{key} has no effect: {reason}"
+    if time.merges and time.rewarm >= 1 and (time.rewarm != int(time.rewarm) or time.rewarm > time.every):
+        return f"schedule.rewarm from 1 on is a number of steps, so it must be a whole number, at most schedule.every={time.every}"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    magnitude_needs_a_matrix,
+    magnitude_goes_around_sums,
+    layers_that_share_have_one_rank,
+    moving_the_base_needs_a_matrix,
+    momentum_needs_a_factor,
+    following_needs_the_whole_change,
+    time_settings_have_an_effect,
+)
 
 
 def problems(config: AdapterConfig) -> list[str]:

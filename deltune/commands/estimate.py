@@ -206,11 +206,20 @@ def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatche
 def disk_of(run: Run, model: PreTrainedModel, num_steps: int) -> dict[str, float]:
     """Bytes below the run's folder at its end."""
     trained, parameters = trained_bytes(model), [p for p in model.parameters() if p.requires_grad]
-    one = trained + state_bytes(parameters, run.optim)
+    one = trained + state_bytes(parameters, run.optim) + moved_bytes(run, model)
     saved = 1 + (num_steps // run.checkpoint.every if run.checkpoint.every else 0)
     kept = min(saved, run.checkpoint.save_total_limit + 1)  # the best one besides
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {f"checkpoints, {kept} of {saved}": kept * one, "model" if run.adapter is None else "adapter": whole if run.adapter is None else trained}
+    return {f"checkpoints, {kept} of {saved}": kept * one, run.result: trained if run.result == "adapter" else whole if run.adapter is None else whole - trained}
+
+
+def moved_bytes(run: Run, model: PreTrainedModel) -> float:
+    """Of base weights that the adapter moves without training them, which each checkpoint holds too."""
+    if run.adapter is None or not run.adapter.schedule.moves_base:
+        return 0
+    from deltune.adapters.schedules import over_time
+
+    return sum(tensor.numel() * tensor.element_size() for tensor in over_time(model).tensors().values())
 
 
 def free_disk(folder: Path) -> float:

@@ -147,7 +147,7 @@ def completed(run: Run) -> Outcome | None:
     return Outcome(
         folder=run.folder, step=facts["step"], stopped_by="already_complete", best_step=facts["best_step"],
         best_metric=facts["best_metric"], metrics_before=facts["metrics_before"], metrics_after=facts["metrics_after"],
-        adapter=run.folder / ("model" if run.adapter is None else "adapter"), seconds=facts["seconds"],
+        adapter=run.folder / run.result, seconds=facts["seconds"],
     )
 
 
@@ -261,14 +261,24 @@ class Session:
         )
         num_steps = run.train.steps or loader.num_steps(epochs)
         optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim), run.optim)
+        self.schedules, rates = self.over_time(optimizer, lambda steps: schedule(run.schedule, steps), num_steps)
         store = CheckpointStore(run.folder / "checkpoints", run.checkpoint.save_total_limit)
         return Loop(
-            self.model, loader=loader, optimizer=optimizer, schedule=schedule(run.schedule, num_steps), engine=engine,
+            self.model, loader=loader, optimizer=optimizer, schedule=rates, engine=engine,
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
-            max_grad_norm=run.optim.max_grad_norm, saver=Saver(store),
+            max_grad_norm=run.optim.max_grad_norm, saver=Saver(store, self.schedules),
             evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
-            forward_step=self.forward_step, log_every=run.log.every,
+            forward_step=self.forward_step, log_every=run.log.every, schedules=self.schedules,
         )
+
+    def over_time(self, optimizer: Any, make: Callable[[int], Any], num_steps: int) -> tuple[list[Any], Callable[[int], float]]:
+        """What the adapter does over time, and the learning rate's factor at each step."""
+        run = self.run
+        if run.adapter is None or not run.adapter.schedule:
+            return [], make(num_steps)
+        from deltune.adapters.schedules import over_time, rates
+
+        return [over_time(self.model, optimizer, seed=run.seed)], rates(run.adapter.schedule, make, num_steps)
 
     def describe(self, num_steps: int) -> RunInfo:
         from deltune.commands.describe_run import description
@@ -390,7 +400,7 @@ class Session:
         progress, store = loop.progress, loop.saver.store
         best = progress.best_step
         if best is not None and best != progress.step and self.run.checkpoint.load_best:
-            load_moving_tensors(self.model, store.load(best).tensors["trainable"])
+            load_moving_tensors(self.model, store.load(best).tensors["trainable"], self.schedules)
         after: dict[str, float] = {}
         samples: list[Sample] = []
         if self.data.evaluation is not None:
@@ -400,6 +410,10 @@ class Session:
                 Sample(s["prompt"], s["reference"], old[i]["prediction"] if i < len(old) else "", s["prediction"])
                 for i, s in enumerate(self.samples())
             ]
+        if self.run.adapter is not None and self.run.result == "model":
+            from deltune.adapters.attach import merge
+
+            merge(self.model)  # the base has moved, so the adapter alone is not what was trained
         exported = Path(dist.on_main(self.export))
         return Outcome(
             folder=self.run.folder, step=progress.step, stopped_by=stopped_by, metrics_before=self.before["metrics"],
@@ -409,7 +423,7 @@ class Session:
 
     def export(self) -> str:
         """The adapter as PEFT's files, or the whole model as a Hugging Face folder."""
-        if self.run.adapter is not None:
+        if self.run.result == "adapter":
             from deltune.adapters.files import save_adapter
 
             save_adapter(self.model, self.run.folder / "adapter", base=self.run.model.path)
@@ -463,7 +477,7 @@ def task_printer(task_print: Callable[[StepRecord], str]) -> Callback:
 def print_next_steps(run: Run, outcome: Outcome) -> None:
     """The commands that a user most likely wants now."""
     folder = outcome.folder
-    print(f"\n{'Adapter' if run.adapter else 'Model'}: {outcome.adapter}")
+    print(f"\n{run.result.capitalize()}: {outcome.adapter}")
     if run.log.report:
         print(f"Report: {folder / 'report.html'}")
     what = f"run={folder}"
@@ -471,5 +485,5 @@ def print_next_steps(run: Run, outcome: Outcome) -> None:
         "\nTry next:\n"
         f"  deltune chat {what}\n"
         f"  deltune eval {what}\n"
-        f"  deltune {'merge ' + what + ' out=' + str(folder / 'merged') if run.adapter else 'generate ' + what + ' prompt=...'}"
+        f"  deltune {'merge ' + what + ' out=' + str(folder / 'merged') if run.result == 'adapter' else 'generate ' + what + ' prompt=...'}"
     )

@@ -23,7 +23,7 @@ from deltune.training.config import CheckpointConfig, EvalConfig, TrainConfig
 from deltune.training.loss import ForwardStep, causal_lm_step
 from deltune.training.numerics import diagnose, first_bad_weight
 from deltune.training.signals import StopRequest
-from deltune.training.state import Saver
+from deltune.training.state import Saver, Schedule
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
 
@@ -90,11 +90,13 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         forward_step: ForwardStep = causal_lm_step,
         log_every: int = 1,
+        schedules: Sequence[Schedule] = (),
     ):
         self.model, self.loader, self.optimizer, self.schedule, self.engine = model, loader, optimizer, schedule, engine
         self.info, self.train, self.eval, self.checkpoint = info, train, eval, checkpoint
         self.max_grad_norm, self.saver, self.evaluate = max_grad_norm, saver, evaluate
         self.callbacks, self.forward_step, self.log_every = list(callbacks), forward_step, log_every
+        self.schedules = list(schedules)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         self.progress = Progress()
@@ -184,6 +186,8 @@ class Loop:
             if step in self.progress.skip_steps:
                 skipped = True
             else:
+                for changing in self.schedules:
+                    changing.before_update(step)
                 self._update(grad_norm)
         except _NotFinite as fault:
             loss, grad_norm, skipped = fault.loss, fault.grad_norm, True
@@ -191,6 +195,8 @@ class Loop:
                 return
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+        for changing in self.schedules:
+            changing.after_step(step)
         self.engine.synchronize()
         seconds = time.perf_counter() - began
         self._finish(step, loss, grad_norm, num_tokens, num_trained, seconds, skipped, extra)

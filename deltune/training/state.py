@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,17 +16,35 @@ from deltune.training import randomness
 from deltune.training.checkpoints import CheckpointStore, Snapshot
 
 
-def moving_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: trained parameters, and buffers that a model keeps in its state dict."""
+class Schedule(Protocol):
+    """Something that changes weights around the optimizer's step, by the step's number alone."""
+
+    def before_update(self, step: int) -> None:
+        """The gradient of this step is whole, and the optimizer's step comes next."""
+
+    def after_step(self, step: int) -> None:
+        """Step `step` (1 is the first) is done, whether it updated anything or was skipped. Called once per optimizer step."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What it moves, or remembers, beside trained parameters and stored buffers; the same names at every step."""
+
+    def loaded(self) -> None:
+        """A checkpoint's tensors have been put back."""
+
+
+def moving_tensors(model: torch.nn.Module, schedules: Sequence[Schedule] = ()) -> dict[str, torch.Tensor]:
+    """What training changes: trained parameters, buffers that a model keeps in its state dict, and what schedules move."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     stored = model.state_dict(keep_vars=True)
-    buffers = {name: b for name, b in model.named_buffers() if name in stored}
-    return trained | buffers
+    moving = trained | {name: b for name, b in model.named_buffers() if name in stored}
+    for schedule in schedules:
+        moving |= {name: tensor.detach() for name, tensor in schedule.tensors().items()}
+    return moving
 
 
-def load_moving_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_moving_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor], schedules: Sequence[Schedule] = ()) -> None:
     """Put them back. CheckpointError if names or shapes are not this model's."""
-    own = moving_tensors(model)
+    own = moving_tensors(model, schedules)
     if own.keys() != tensors.keys():
         missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         raise CheckpointError(
@@ -39,13 +58,16 @@ def load_moving_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]
                     f"this model's {tuple(target.shape)} {target.dtype}"
                 )
             target.copy_(tensors[name])
+    for schedule in schedules:
+        schedule.loaded()
 
 
 class Saver:
     """Saves and loads a run's whole state. Every rank calls; rank 0 writes."""
 
-    def __init__(self, store: CheckpointStore):
+    def __init__(self, store: CheckpointStore, schedules: Sequence[Schedule] = ()):
         self.store = store
+        self.schedules = list(schedules)
         self.last_saved: int | None = None
 
     def save(
@@ -67,7 +89,7 @@ class Saver:
                 "engine": engine.state(),
                 "ranks": [{"rng": one["rng"], "loader": one["loader"]} for one in everyone],
             }
-            tensors = {"trainable": moving_tensors(model), "optimizer": optim_tensors, "rng": rng}
+            tensors = {"trainable": moving_tensors(model, self.schedules), "optimizer": optim_tensors, "rng": rng}
             return str(self.store.save(Snapshot(step, tensors, state), best_step=best_step))
 
         path = Path(dist.on_main(write))
@@ -75,8 +97,10 @@ class Saver:
         return path
 
     def _check_finite(self, step: int, model: torch.nn.Module) -> None:
-        trained = (pair for pair in model.named_parameters() if pair[1].requires_grad)
-        bad = next((name for name, p in trained if not torch.isfinite(p.detach()).all()), None)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        for schedule in self.schedules:
+            trained |= schedule.tensors()
+        bad = next((name for name, p in trained.items() if not torch.isfinite(p).all()), None)
         everyone = [name for name in dist.gather_objects(bad) if name is not None]
         if everyone:
             raise NumericsError(
@@ -108,7 +132,7 @@ class Saver:
         if step is None:
             return None, complaints
         snapshot = self.store.load(step)
-        load_moving_tensors(model, snapshot.tensors["trainable"])
+        load_moving_tensors(model, snapshot.tensors["trainable"], self.schedules)
         load_optimizer_state(optimizer, snapshot.tensors["optimizer"], snapshot.state["optimizer"])
         engine.load_state(snapshot.state["engine"])
         self._load_rank(snapshot, loader, step)
