@@ -53,8 +53,9 @@ class Adapted(Wrapper):
     def check_mergeable(self, names: Sequence[str]) -> None:
         for name in names:
             delta = self.adapters[name]
-            if not delta.mergeable:
-                raise AdapterError(f"{self.site.name}: adapter {name} ({name_of(delta.config)}) cannot be merged, for {delta.why_not_mergeable}")
+            why = delta.no_matrix(delta.config)
+            if why:
+                raise AdapterError(f"{self.site.name}: adapter {name} ({name_of(delta.config)}) cannot be merged, for {why}")
             if delta.adds_bias and not self.site.has_bias:
                 raise AdapterError(f"{self.site.name}: adapter {name} changes the bias, and this layer has none to merge into")
 

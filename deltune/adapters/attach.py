@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,8 +215,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def extra_loss(model: nn.Module) -> Tensor | None:
     """The sum of what active deltas add to the training loss; None if they add nothing."""
-    losses = [wrapper.adapters[name].loss() for _, wrapper in _adapted(model) for name in wrapper.running]
-    losses = [loss for loss in losses if loss is not None]
+    running = [(name, wrapper.adapters[name]) for _, wrapper in _adapted(model) for name in wrapper.running]
+    layers = Counter(name for name, _ in running)
+    losses = [(delta.loss(), layers[name] if delta.averages_loss else 1) for name, delta in running]
+    losses = [loss / count for loss, count in losses if loss is not None]
     return torch.stack(losses).sum() if losses else None
 
 

@@ -68,6 +68,7 @@ class Delta(nn.Module):
     stops_gradient: ClassVar[str] = ""  # which part of the formula has no gradient by intention, if any
     reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
+    averages_loss: ClassVar[bool] = False  # `loss` counts by its mean over the adapter's layers, not by their sum
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
 

@@ -16,8 +16,8 @@ Rule = Callable[[AdapterConfig, type[Delta]], str | None]
 
 
 def magnitude_needs_a_matrix(config: AdapterConfig, delta: type[Delta]) -> str | None:
-    if config.magnitude and not delta.mergeable:
-        return f"magnitude cannot go around {config.delta}: it divides by the norms of W + ΔW, and {delta.why_not_mergeable}"
+    if config.magnitude and delta.no_matrix(config):
+        return f"magnitude cannot go around {config.delta}: it divides by the norms of W + ΔW, and {delta.no_matrix(config)}"
     return None
 
 

@@ -32,6 +32,7 @@ class Magnitude(Delta):
         self.inner = make(self.config, self.site, self.__dict__.pop("_banks"))
         # what the inner delta declares holds for the whole
         self.kinds, self.factors, self.needs, self.peft = make.kinds, make.factors, make.needs, make.peft
+        self.averages_loss = make.averages_loss
         self.magnitude = nn.Parameter(torch.empty(self.site.n_out, **self.storage))
 
     def reset(self, generator: torch.Generator) -> None:
