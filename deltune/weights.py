@@ -177,6 +177,19 @@ def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: fl
         weight[rows].copy_(block.addmm_(left[rows].to(dtype), right, alpha=scale))
 
 
+def row_squares(weight: Tensor) -> Tensor:
+    """‖W‖² of each row [out], in float32 or wider."""
+    dtype = _sum_type(weight)
+    return torch.cat([weight[rows].detach().to(dtype).square().sum(1) for rows in row_blocks(weight)])
+
+
+def row_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Σ_j W_ij (left @ right)_ij of each row i [out], without anything of the weight's size."""
+    dtype = _sum_type(weight, left, right)
+    left, right = left.to(dtype), right.to(dtype)
+    return torch.cat([((weight[rows].detach().to(dtype) @ right.T) * left[rows]).sum(1) for rows in row_blocks(weight)])
+
+
 def row_blocks(weight: Tensor) -> list[slice]:
     """Slices of a weight's first dimension, each of which is a block of about BLOCK_ELEMENTS values."""
     if weight.ndim < 2:

@@ -6,6 +6,7 @@ Merging writes the deltas into a copy of the stored weight and keeps the origina
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,14 @@ from deltune.errors import AdapterError
 
 
 class Adapted(Wrapper):
-    """A Linear, Conv1D or Embedding with deltas. Called as the layer is called."""
+    """A Linear, Conv1D, Embedding or norm with deltas. Called as the layer is called."""
 
     def __init__(self, name: str, layer: nn.Module):
         super().__init__(layer)
         self.site = site_of(name, layer)
         self.merged: list[str] = []
         self._originals: dict[str, nn.Parameter] = {}  # the layer's own tensors while deltas are merged
+        self._squares: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # a weight, what tells that it has changed, ‖rows‖²
 
     def forward(self, x: Tensor) -> Tensor:
         running = [name for name in self.running if name not in self.merged]
@@ -39,6 +41,19 @@ class Adapted(Wrapper):
         """The base layer's tensors as they were before any merge."""
         return self._originals or dict(self.base_layer.named_parameters(recurse=False))
 
+    def row_squares(self) -> Tensor:
+        """‖W‖² of each row [out] of the layer's weight as it stands, float32 or wider; worked out when the weight changes.
+
+        A change through `.data` goes unseen, as it does by autograd.
+        """
+        weight = self.base_layer.weight
+        with gathered(weight):
+            state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+            if self._squares is None or self._squares[0] is not weight or self._squares[1] != state:
+                # the weight itself is kept, not its id or address: those are given to another one once it is freed
+                self._squares = (weight, state, weights.row_squares(out_in(self.base_layer, weight)))
+        return self._squares[2]
+
     def merge(self, names: Sequence[str]) -> None:
         """Fold these deltas into the layer's weight. `unmerge` takes them out again, bit for bit."""
         self.check_mergeable(names)
@@ -48,6 +63,7 @@ class Adapted(Wrapper):
 
     def unmerge(self) -> None:
         weights.restore(self.base_layer, self._originals)
+        self._squares = None  # which would keep the merged weight alive
         self._originals, self.merged = {}, []
 
     def check_mergeable(self, names: Sequence[str]) -> None:
@@ -69,7 +85,7 @@ class Adapted(Wrapper):
             bias = layer.bias if self.site.has_bias else None
             bias_delta = delta.bias_delta(W, bias)
             product = delta.product()
-            if product is None:
+            if product is None or self.site.kind == "norm":
                 weights.add_to_weight(layer.weight, out_in(layer, delta.delta(W) * share))
             else:
                 left, right, scale = product
@@ -106,6 +122,13 @@ class Below:
             W = W + delta.delta(W)
         return W
 
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        if self.place:
+            return self.weight(), None
+        layer = self.adapted.base_layer
+        with gathered(layer.weight):
+            return out_in(layer, layer.weight.detach()), self.adapted.row_squares()
+
     def bias(self) -> Tensor | None:
         layer = self.adapted.base_layer
         if not self.adapted.site.has_bias:
@@ -119,6 +142,13 @@ class Below:
                 change = delta.bias_delta(Below(self.adapted, self.running, place).weight(), b)
                 b = b if change is None else b + change
         return b
+
+    def called_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        layer = self.adapted.base_layer
+        tensors = {"weight": out_in(layer, W).to(layer.weight.dtype)}
+        if b is not None:
+            tensors["bias"] = b.to(layer.bias.dtype)
+        return torch.func.functional_call(layer, tensors, (x,))
 
     def drop(self, x: Tensor) -> Tensor:
         adapted, name = self.adapted, self.running[self.place]

@@ -27,11 +27,18 @@ class Base(Protocol):
     def weight(self) -> Tensor:
         """W [out, in] in float32 or wider, no gradient. Read it after the base was called, not before."""
 
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """W [out, in] in the type that it is stored in, not copied, and ‖W‖² of each row [out]; with deltas between as
+        `weight()`, and None. No gradient. Read it after the base was called, not before."""
+
     def bias(self) -> Tensor | None:
         """The layer's own bias [out], no gradient. Read it after the base was called, not before."""
 
     def drop(self, x: Tensor) -> Tensor:
         """x with the adapter's input dropout: x itself in eval mode, without dropout, and for an embedding."""
+
+    def called_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The frozen layer's output with W [out, in] and b [out] in its own tensors' place, rounded to their types."""
 
 
 def always(config: Any) -> bool:
@@ -69,8 +76,11 @@ class Delta(nn.Module):
     reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
     averages_loss: ClassVar[bool] = False  # `loss` counts by its mean over the adapter's layers, not by their sum
+    takes_dropout: ClassVar[bool] = True  # there is an input to drop from; else the config may not ask for it
+    follows_ties: ClassVar[bool] = False  # it goes on every layer that holds the same weight, see `Site.tied_to`
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
+    named_alone: ClassVar[bool] = False  # the names of its tensors in the file are whole, without the layer's
 
     def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):
         super().__init__()
@@ -123,6 +133,12 @@ class Delta(nn.Module):
 
     def ready(self, W: Tensor) -> None:
         """The last step of a start or a load, once W is final; for methods that measure W and do not save it."""
+
+    def start_bias(self, b: Tensor) -> None:
+        """As `start`, for the layer's own bias [out]; called after it where there is one."""
+
+    def ready_bias(self, b: Tensor) -> None:
+        """As `ready`, for the layer's own bias [out]; called after it where there is one."""
 
     def product(self) -> tuple[Tensor, Tensor, float] | None:
         """(B, A, s) if ΔW is s·B·A with B [out, r] and A [r, in]; merging then needs no out×in temporary."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from deltune import weights
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta
@@ -53,18 +54,32 @@ class Magnitude(Delta):
         self.inner.ready(W)
 
     @torch.no_grad()
-    def norms(self, W: Tensor) -> Tensor:
-        """‖W + ΔW‖ of each row [out]."""
-        return torch.linalg.vector_norm(W + self.inner.delta(W), dim=1)
+    def norms(self, W: Tensor, squares: Tensor | None = None) -> Tensor:
+        """‖W + ΔW‖ of each row [out], W in any floating type; `squares` is ‖W‖² of each row where it is known.
+
+        With ΔW = s·BA it is ‖W‖² + 2s·rowsum((W Aᵀ) ⊙ B) + s²·rowsum((B A Aᵀ) ⊙ B), so nothing of size out×in is made.
+        """
+        product = self.inner.product()
+        if product is None:
+            change = self.inner.delta(weights.float_view(W))
+            return torch.cat([torch.linalg.vector_norm(W[rows] + change[rows], dim=1) for rows in weights.row_blocks(W)])
+        left, right, scale = product
+        squares = weights.row_squares(W) if squares is None else squares
+        left, right = left.to(torch.promote_types(left.dtype, squares.dtype)), right.to(torch.promote_types(right.dtype, squares.dtype))
+        own = ((left @ (right @ right.T)) * left).sum(1)
+        whole = squares + 2 * scale * weights.row_products(W, left, right) + scale**2 * own
+        return whole.clamp_min(torch.finfo(whole.dtype).tiny).sqrt()  # a row of zeros has a direction of zeros
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        W, bias = base.weight(), base.bias()
+        (W, squares), bias = base.stored(), base.bias()
         # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
-        gain = (self.magnitude / self.norms(W).to(self.magnitude.dtype)).to(y.dtype)
-        out = self.inner.out(base.drop(x), W if self.inner.reads_base else None).to(y.dtype)
-        plain = y if bias is None else y - bias.to(y.dtype)
-        return y + (gain - 1) * plain + gain * out
+        gain = (self.magnitude / self.norms(W, squares).to(self.magnitude.dtype)).to(y.dtype)
+        out = self.inner.out(base.drop(x), base.weight() if self.inner.reads_base else None).to(y.dtype)
+        if bias is None:
+            return (y + out) * gain
+        # gain · (y - bias + out) + bias, and y itself where gain is 1 and out is 0
+        return torch.addcmul(bias.to(y.dtype) * (1 - gain), y + out, gain)
 
     def delta(self, W: Tensor) -> Tensor:
         whole = W + self.inner.delta(W)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.adapters.attach import Prepared, install, prepare
+from deltune.adapters.attach import Prepared, install, prepare, weight_of
 from deltune.adapters.config import ADAPTERS, AdapterConfig, OverTime, complaint
 from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
 from deltune.adapters.files.peft import (
@@ -22,8 +22,10 @@ from deltune.adapters.files.peft import (
     TENSOR_FILE,
     WHOLE,
     bank_tensors,
+    file_key,
     file_tensors,
     form_for,
+    format_of,
     read_config,
 )
 from deltune.adapters.files.save import FORMAT, SIDECAR
@@ -59,7 +61,7 @@ def load_adapter(
         read = read_config(model, fields, storage_type(model, tensors))
         prepared = prepare(model, _as_recorded(read, recorded, fields), name)
     with _at(folder / TENSOR_FILE):
-        _fill(model, prepared, tensors)
+        _fill(model, prepared, _completed(prepared, fields, tensors))
     install(model, prepared, trainable=trainable)
     return model
 
@@ -151,6 +153,19 @@ def storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
+def _completed(prepared: Prepared, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors with what its method can work out from the base and does not store."""
+    complete = format_of(fields)[1].complete
+    whole = dict(tensors)
+    for place, delta in prepared.deltas.items() if complete else ():
+        head = f"{PREFIX}{place}."
+        own = {leaf: tensors[head + leaf] for leaf in delta.to_file() if head + leaf in tensors}
+        found = complete(fields, delta, own, functools.partial(weight_of, prepared.places[place]))
+        whole.update({head + leaf: tensor for leaf, tensor in found.items()})
+    return whole
+
+
+@torch.no_grad()
 def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -> None:
     """Copy the file's tensors into the prepared parts; each must be there, fit, and be finite, and none be left over."""
     parts = prepared.deltas | prepared.copies
@@ -168,7 +183,7 @@ def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -
     for bank in prepared.banks:
         bank.from_file({key.removeprefix(WHOLE): given[key] for key in bank_tensors(bank)})
     for place, delta in prepared.deltas.items():
-        delta.from_file({leaf: given[f"{PREFIX}{place}.{leaf}"] for leaf in delta.to_file()})
+        delta.from_file({leaf: given[file_key(place, delta, leaf)] for leaf in delta.to_file()})
     for place, copied in prepared.copies.items():
         for key, tensor in file_tensors(place, copied).items():
             tensor.copy_(given[key])
