@@ -88,7 +88,6 @@ class Road(Delta):
         write=lambda config: {"variant": config.variant, "group_size": config.group_size, "init_weights": True},
         read=lambda fields: {"variant": fields.get("variant", "road_1"), "group_size": fields.get("group_size", 64)},
         fields=frozenset({"variant", "group_size", "init_weights"}),
-        fits=lambda config: not config.dropout,  # PEFT has no dropout here
         lacks=frozenset({"bias", "exclude_modules", "layers_to_transform", "layers_pattern"}),
     )
 
@@ -164,7 +163,6 @@ class Ia3(Delta):
         write=_ia3_to_peft,
         read=_ia3_from_peft,
         fields=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),
-        fits=lambda config: not config.dropout,
         lacks=frozenset({"bias", "layers_to_transform", "layers_pattern"}),
     )
 

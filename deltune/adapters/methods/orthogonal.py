@@ -1,0 +1,495 @@
+"""Rotations of a layer's input: OFT (arXiv:2306.07280, 2506.19847), BOFT (arXiv:2311.06243) and HRA (arXiv:2405.17484).
+
+Legend: W' = diag(s)·W·R with R orthogonal, so y = W (R x): the input is turned, and W is needed only for merging. A block
+is [b, b] and there are n of them, n·b = in. What is computed is R − I, zero at the start whatever the number type. Q is
+skew, and everywhere here Cayley(Q) = (I + Q)(I − Q)⁻¹, whose series is I + 2Q + 2Q² + …
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.adapters import draw
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.delta import Base, Delta, PeftFormat
+from deltune.config.fields import option
+from deltune.errors import AdapterError
+
+DELTAS = {"oft": "OftConfig", "boft": "BoftConfig", "hra": "HraConfig"}
+
+METHODS = {
+    "oft": {
+        "choices": {"delta": "oft"},
+        "paper": "arXiv:2306.07280",
+        "formula": "W' = W·Rᵀ, R = blockdiag((I + Q)(I − Q)⁻¹), Q skew",
+        "small": {"block_size": 4},
+        "note": "The authors' code has both signs of Q, and PEFT's exact and series forms differ in it. Here it is one sign; files of PEFT's exact form are read and written with Q turned.",
+    },
+    "oftv2": {
+        "choices": {"delta": "oft", "cayley": "neumann"},
+        "paper": "arXiv:2506.19847",
+        "formula": "as oft, with the block I + 2Q + 2Q² + 2Q³ + Q⁴",
+        "small": {"block_size": 4},
+        "note": "PEFT's 3 terms are 4; its 1 and 2 are no part of the series and are refused.",
+    },
+    "coft": {
+        "choices": {"delta": "oft", "coft": True},
+        "paper": "arXiv:2306.07280",
+        "formula": "as oft, with ‖Q‖ of a block at most eps/√n",
+        "small": {"block_size": 4, "eps": 1.0},
+        "note": "The authors pull the parameter back after each step; here the bound is part of the formula, so that a forward pass changes no weight and the gradient is that of the function. PEFT's bound, which is tighter than the authors' eps·b²/√n.",
+    },
+    "boft": {
+        "choices": {"delta": "boft"},
+        "paper": "arXiv:2311.06243",
+        "formula": "W' = diag(s)·W·Rᵀ, R = Π_m P_m blockdiag(Cayley(Q_m)) P_mᵀ (butterfly)",
+        "small": {"factors": 2},
+        "note": "More than one factor needs no extension here; PEFT without its CUDA extension reads such a file with one factor.",
+    },
+    "hra": {
+        "choices": {"delta": "hra"},
+        "paper": "arXiv:2405.17484",
+        "formula": "W' = W·Π_i (I − 2u_i u_iᵀ), u_i of length 1, pairs of equals at the start",
+        "small": {"rank": 4},
+    },
+    "hra_gs": {
+        "choices": {"delta": "hra", "gram_schmidt": True},
+        "paper": "arXiv:2405.17484",
+        "formula": "W' = W·(I − 2QQᵀ)(I − 2Q₀Q₀ᵀ), Q = Gram-Schmidt(u)",
+        "small": {"rank": 4},
+        "note": "The paper's orthogonal reflections can neither be pairs of equals (0/0 in public code) nor leave the layer unchanged, so the start is undone by a frozen reflection; exact_start=false is the paper.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class BlocksConfig(AdapterConfig):
+    """What rotations in blocks have."""
+
+    block_size: int = option(32, "Width of a block; divides every layer's inputs. 0 where `blocks` is given.", ge=0)
+    blocks: int = option(0, "Number of blocks, instead of block_size; 0: as many as block_size makes.", ge=0)
+    block_dropout: float = option(0.0, "Share of blocks that do not turn in a training step.", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
+class OftConfig(BlocksConfig):
+    """Orthogonal fine-tuning (arXiv:2306.07280)."""
+
+    delta: str = option("oft", "Parametrisation of the change.", choices=("oft",))
+    cayley: str = option("exact", "exact: (I + Q)(I − Q)⁻¹, orthogonal; neumann: the first terms of its series (arXiv:2506.19847).", choices=("exact", "neumann"))
+    terms: int = option(5, "Terms of the series, the last with half its weight.", ge=2)
+    coft: bool = option(False, "Bound each block's ‖Q‖ (COFT).")
+    eps: float = option(6e-5, "The bound of COFT: ‖Q‖ ≤ eps / √blocks.", gt=0)
+    block_share: bool = option(False, "One rotation for all blocks.")
+    strength: bool = option(False, "Learn a strength for each output too.")
+    sign: str = option("plus", "Sign of Q, as a record in the file: (I + Q)(I − Q)⁻¹.", choices=("plus",))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Oft
+
+
+@dataclass(frozen=True)
+class BoftConfig(BlocksConfig):
+    """Butterfly orthogonal fine-tuning (arXiv:2311.06243)."""
+
+    delta: str = option("boft", "Parametrisation of the change.", choices=("boft",))
+    block_size: int = option(4, "Width of a block; divides every layer's inputs. 0 where `blocks` is given.", ge=0)
+    factors: int = option(2, "Butterfly factors: 1 turns blocks of block_size, m reach over 2^(m−1) of them.", gt=0)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Boft
+
+
+@dataclass(frozen=True)
+class HraConfig(AdapterConfig):
+    """Householder reflections (arXiv:2405.17484)."""
+
+    delta: str = option("hra", "Parametrisation of the change.", choices=("hra",))
+    rank: int = option(8, "Number of reflections; even, for they start as pairs that undo each other.", gt=0)
+    gram_schmidt: bool = option(False, "Make the reflections orthogonal to each other.")
+    exact_start: bool = option(True, "With gram_schmidt: undo the start by a frozen reflection, so that nothing changes.")
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Hra
+
+
+# ---------------------------------------------------------------- skew matrices and blocks
+
+
+@functools.cache
+def _upper(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(size, size, 1, device=device)
+    return rows, columns
+
+
+def skew(values: Tensor, size: int) -> Tensor:
+    """Q [n, size, size] from what stands above its diagonals [n, size(size − 1)/2], row by row."""
+    rows, columns = _upper(size, values.device)
+    upper = values.new_zeros(*values.shape[:-1], size, size)
+    upper[..., rows, columns] = values
+    return upper - upper.mT
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """What is small and exact stays out of autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I + Q)(I − Q)⁻¹ − I = 2(I − Q)⁻¹Q, for a batch; exactly zero at Q = 0."""
+    Q = Q.to(torch.promote_types(Q.dtype, torch.float32))  # there are no solvers in 16 bits
+    with full_precision(Q):
+        return torch.linalg.solve(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q)
+
+
+def neumann(Q: Tensor, terms: int) -> Tensor:
+    """2Q + … + 2Q^(terms−2) + Q^(terms−1): the same series, cut off."""
+    Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
+    found = Q
+    with full_precision(Q):
+        for _ in range(terms - 2):
+            found = 2 * Q + Q @ found
+    return found
+
+
+def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
+    """x + x·blockdiag(D) [..., in] for D [n, b, b], or [1, b, b] for the same in every block."""
+    n, b, _ = D.shape
+    if n == 1:
+        z = x.reshape(-1, b)
+        return torch.addmm(z, z, D[0].to(x.dtype)).view(x.shape)
+    z = x.reshape(-1, n, b).transpose(0, 1)  # [n, tokens, b]
+    return torch.baddbmm(z, z, D.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+
+
+class Blocks(Delta):
+    """y = s⊙(W (R x)) + b with R turning blocks of the input."""
+
+    additive = False
+    size: int
+    num: int
+
+    def shape(self) -> None:
+        """Size and number of blocks. AdapterError if they do not fit the layer."""
+        config, n = self.config, self.site.n_in
+        if bool(config.block_size) == bool(config.blocks):
+            raise AdapterError(f"give block_size or blocks, and 0 for the other; they are {config.block_size} and {config.blocks}")
+        self.size = config.block_size or n // config.blocks
+        self.num = config.blocks or n // config.block_size
+        if self.size * self.num != n:
+            which, value = ("block_size", config.block_size) if config.block_size else ("blocks", config.blocks)
+            fitting = [d for d in range(2, min(n, 256) + 1) if n % d == 0]
+            raise AdapterError(f"{self.site.name}: {which} {value} does not divide its {n} inputs; {', '.join(map(str, fitting))} do")
+
+    def turned(self, x: Tensor) -> Tensor:
+        """R x for each row of x [..., in]."""
+        raise NotImplementedError
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        """Rᵀ x for each row of x [..., in]."""
+        raise NotImplementedError
+
+    def strength(self) -> Tensor | None:
+        """s [out], or None for ones."""
+        return None
+
+    def without_some(self, D: Tensor) -> Tensor:
+        """D [n, b, b] with some blocks that do not turn, in a training step."""
+        rate = self.config.block_dropout
+        if not rate or not self.training or not next(self.parameters()).requires_grad or D.shape[0] == 1:
+            return D
+        return D * (torch.rand(D.shape[0], 1, 1, device=D.device) >= rate)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        seen = base.drop(x)
+        turned = self.turned(seen)
+        y = base(turned if seen is x else x + (turned - seen))
+        s = self.strength()
+        if s is None:
+            return y
+        bias = base.bias()
+        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), (s - 1).to(y.dtype))
+
+    def delta(self, W: Tensor) -> Tensor:
+        s = self.strength()
+        turned = self.turned_back(W)  # W R: each row w becomes Rᵀ w
+        return (turned if s is None else s.unsqueeze(1) * turned) - W
+
+
+# ---------------------------------------------------------------- OFT
+
+
+def _oft_to_peft(config: OftConfig) -> dict[str, Any]:
+    return {
+        "r": config.blocks,
+        "oft_block_size": config.block_size,
+        "module_dropout": config.block_dropout,
+        "coft": config.coft,
+        "eps": config.eps,
+        "block_share": config.block_share,
+        "use_cayley_neumann": config.cayley == "neumann",
+        "num_cayley_neumann_terms": config.terms,
+        "fan_in_fan_out": False,
+        "init_weights": True,
+    }
+
+
+def _oft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    series, terms = fields.get("use_cayley_neumann", True), fields.get("num_cayley_neumann_terms", 5)
+    if series and terms < 3:
+        raise AdapterError(f"num_cayley_neumann_terms is {terms}; PEFT's sum of so few terms is no part of the series, and is not supported")
+    return {
+        "blocks": fields.get("r", 0),
+        "block_size": fields.get("oft_block_size", 32),
+        "block_dropout": fields.get("module_dropout", 0.0),
+        "coft": bool(fields.get("coft")),
+        "eps": fields.get("eps", 6e-5),
+        "block_share": bool(fields.get("block_share")),
+        "cayley": "neumann" if series else "exact",
+        "terms": max(4, terms) if series else 5,  # PEFT adds up the same for 3 as for 4
+    }
+
+
+class Oft(Blocks):
+    """R = blockdiag(Cayley(Q)) applied to rows of x, that is W' = W·Rᵀ. Unchanged at Q = 0."""
+
+    peft = PeftFormat(
+        type="OFT",
+        write=_oft_to_peft,
+        read=_oft_from_peft,
+        fields=frozenset(_oft_to_peft(OftConfig())),
+        fits=lambda config: not config.strength and config.terms >= 4,
+    )
+
+    def build(self) -> None:
+        self.shape()
+        count = self.size * (self.size - 1) // 2
+        if not count:
+            raise AdapterError(f"{self.site.name}: a block of width 1 cannot turn")
+        self.oft_R = nn.Parameter(torch.empty(1 if self.config.block_share else self.num, count, **self.storage))
+        if self.config.strength:
+            self.oft_s = nn.Parameter(torch.empty(self.site.n_out, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.oft_R.zero_()
+        if self.config.strength:
+            self.oft_s.fill_(1.0)
+
+    def rotation(self) -> Tensor:
+        """R − I [n, b, b], of one block where it is shared."""
+        Q = skew(self.oft_R, self.size)
+        if self.config.coft:
+            bound = self.config.eps / math.sqrt(Q.shape[0])
+            Q = Q * (bound / torch.linalg.vector_norm(Q, dim=(1, 2), keepdim=True).clamp(min=bound))
+        return cayley(Q) if self.config.cayley == "exact" else neumann(Q, self.config.terms)
+
+    def turned(self, x: Tensor) -> Tensor:
+        return turn_blocks(x, self.without_some(self.rotation()))
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        return turn_blocks(x, self.rotation().mT)
+
+    def strength(self) -> Tensor | None:
+        return self.oft_s if self.config.strength else None
+
+    def leaves(self) -> dict[str, str]:
+        return {"oft_R": "oft_R.weight"} | ({"oft_s": "oft_s"} if self.config.strength else {})
+
+    @property
+    def flips(self) -> bool:
+        """Whether the file has −Q: PEFT's exact form is (I − Q)(I + Q)⁻¹, the transpose of its series."""
+        return self.config.cayley == "exact" and self.peft.fits(self.config)
+
+    def to_file(self) -> dict[str, Tensor]:
+        tensors = super().to_file()
+        return {leaf: -tensor for leaf, tensor in tensors.items()} if self.flips else tensors
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        super().from_file({leaf: -tensor for leaf, tensor in tensors.items()} if self.flips else tensors)
+
+
+# ---------------------------------------------------------------- BOFT
+
+
+def _boft_to_peft(config: BoftConfig) -> dict[str, Any]:
+    return {
+        "boft_block_size": config.block_size,
+        "boft_block_num": config.blocks,
+        "boft_n_butterfly_factor": config.factors,
+        "boft_dropout": config.block_dropout,
+        "fan_in_fan_out": False,
+        "init_weights": True,
+    }
+
+
+def _boft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "block_size": fields.get("boft_block_size", 4),
+        "blocks": fields.get("boft_block_num", 0),
+        "factors": fields.get("boft_n_butterfly_factor", 1),
+        "block_dropout": fields.get("boft_dropout", 0.0),
+    }
+
+
+class Boft(Blocks):
+    """Factor i turns blocks of two halves that lie 2^i half blocks apart. Unchanged at zero."""
+
+    peft = PeftFormat(type="BOFT", write=_boft_to_peft, read=_boft_from_peft, fields=frozenset(_boft_to_peft(BoftConfig())))
+
+    def build(self) -> None:
+        self.shape()
+        m = self.config.factors
+        if m > 1 and (self.size % 2 or self.num % 2 ** (m - 1)):
+            most = 1 if self.size % 2 else 1 + (self.num & -self.num).bit_length() - 1
+            raise AdapterError(f"{self.site.name}: {self.num} blocks of width {self.size} have at most {most} butterfly factors, and factors is {m}")
+        self.boft_R = nn.Parameter(torch.empty(m, self.num, self.size, self.size, **self.storage))
+        self.boft_s = nn.Parameter(torch.empty(self.site.n_out, 1, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.boft_R.zero_()
+        self.boft_s.fill_(1.0)
+
+    def rotations(self) -> Tensor:
+        """The blocks less I, [factors, n, b, b]."""
+        # in terms of the stored matrix the block is (I − S)(I + S)⁻¹ with S = ½(R − Rᵀ), so Q is −S
+        return cayley((self.boft_R.mT - self.boft_R) / 2)
+
+    def factor(self, x: Tensor, D: Tensor, i: int) -> Tensor:
+        """Rows of x through P_i blockdiag(I + D) P_iᵀ, which is symmetric in P."""
+        if i == 0:
+            return turn_blocks(x, D)
+        pairs = x.reshape(-1, 2, 2**i, self.size // 2)  # within a segment: half, block, place
+        turned = turn_blocks(pairs.transpose(1, 2).reshape(-1, self.site.n_in), D)
+        return turned.view(-1, 2**i, 2, self.size // 2).transpose(1, 2).reshape(x.shape)
+
+    def turned(self, x: Tensor) -> Tensor:
+        D = self.rotations()
+        for i in reversed(range(len(D))):
+            x = self.factor(x, self.without_some(D[i]), i)
+        return x
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        for i, D in enumerate(self.rotations()):
+            x = self.factor(x, D.mT, i)
+        return x
+
+    def strength(self) -> Tensor | None:
+        return self.boft_s.squeeze(1)
+
+
+# ---------------------------------------------------------------- HRA
+
+
+def _hra_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rank": fields.get("r", 8), "gram_schmidt": bool(fields.get("apply_GS")), "exact_start": not fields.get("apply_GS")}
+
+
+class Hra(Delta):
+    """Reflections of the input, never formed as a matrix: two products with [in, rank] and one [rank, rank] solve.
+
+    A pair of reflections with u and v = u + d is I + [u d] K [u d]ᵀ with K = [[−2δ, 2 − 2δ], [−2, −2]], δ = ‖d‖²: nothing
+    at all for d = 0, in any arithmetic. Pairs after one another make I + P S Pᵀ with S = (I − K G)⁻¹K, G the part of
+    PᵀP above its 2×2 blocks (the compact WY form).
+    """
+
+    additive = False
+    peft = PeftFormat(
+        type="HRA",
+        write=lambda config: {"r": config.rank, "apply_GS": config.gram_schmidt, "init_weights": True},
+        read=_hra_from_peft,
+        fields=frozenset({"r", "apply_GS", "init_weights"}),
+        fits=lambda config: config.exact_start != config.gram_schmidt,
+    )
+
+    def build(self) -> None:
+        rank, n = self.config.rank, self.site.n_in
+        if self.config.gram_schmidt and rank > n:
+            raise AdapterError(f"{self.site.name}: {rank} reflections cannot be orthogonal to each other in {n} inputs; rank may be {n} at most")
+        self.hra_u = nn.Parameter(torch.empty(n, rank, **self.storage))
+        self.undoes = self.config.gram_schmidt and self.config.exact_start
+        if self.undoes:
+            self.register_buffer("hra_start", torch.empty(n, rank, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        n, rank = self.hra_u.shape
+        if self.config.gram_schmidt:
+            self.hra_u.copy_(draw.kaiming((n, rank), generator))
+            if self.undoes:
+                self.hra_start.copy_(self.hra_u)
+            return
+        if rank % 2:
+            raise AdapterError(f"rank {rank} is odd: reflections start as pairs that undo each other, so {rank + 1} or {rank - 1}")
+        self.hra_u.copy_(draw.kaiming((n, rank // 2), generator).repeat_interleave(2, dim=1))
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """P [in, 2·pairs] and S [2·pairs, 2·pairs] with Π(I − 2uuᵀ) = I + P S Pᵀ."""
+        U = unit_columns(self.hra_u)
+        count = U.shape[1] // 2
+        u, d = U[:, 0::2], U[:, 1::2] - U[:, 0 : 2 * count : 2]
+        size = (d * d).sum(dim=0)  # δ
+        K = torch.stack([-2 * size, 2 - 2 * size, -2 + 0 * size, -2 + 0 * size], dim=-1).view(-1, 2, 2)
+        if U.shape[1] % 2:  # one that has no pair: I − 2uuᵀ
+            d = torch.cat([d, torch.zeros_like(d[:, :1]) if count else torch.zeros_like(u)], dim=1)
+            K = torch.cat([K, K.new_tensor([[[-2.0, 0.0], [0.0, 0.0]]])])
+        P = torch.stack([u, d], dim=-1).flatten(1)
+        places = torch.arange(P.shape[1], device=P.device) // 2
+        K = torch.block_diag(*K)
+        eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
+        with full_precision(P):
+            G = (P.mT @ P) * (places.unsqueeze(1) < places)
+            return P, torch.linalg.solve_triangular(eye - K @ G, K, upper=True, unitriangular=True)
+
+    def change(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """(R − I) x for each row of x, or (Rᵀ − I) x, where W' = W·R."""
+        if not self.config.gram_schmidt:
+            P, S = self.pairs()
+            return x @ P.to(x.dtype) @ (S if back else S.mT).to(x.dtype) @ P.mT.to(x.dtype)
+        now = projection(self.hra_u)
+        if not self.undoes:
+            return -2 * _project(x, now)
+        first = projection(self.hra_start)
+        if back:
+            moved = _project(x, now) - _project(x, first)
+            return -2 * (moved - 2 * _project(moved, first))
+        reflected = x - 2 * _project(x, first)
+        return -2 * (_project(reflected, now) - _project(reflected, first))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return base(x + self.change(base.drop(x)))
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.change(W, back=True)
+
+
+def unit_columns(U: Tensor) -> Tensor:
+    U = U.to(torch.promote_types(U.dtype, torch.float32))
+    return U / torch.linalg.vector_norm(U, dim=0)
+
+
+def projection(U: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, (UᵀU)⁻¹Uᵀ): onto the span of U, which is what Gram-Schmidt's vectors span.
+
+    A column that depends on others adds nothing, and nothing is divided by zero.
+    """
+    U = unit_columns(U)
+    with full_precision(U):
+        gram = U.mT @ U + 8 * torch.finfo(U.dtype).eps * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        return U, torch.linalg.solve(gram, U.mT)
+
+
+def _project(x: Tensor, onto: tuple[Tensor, Tensor]) -> Tensor:
+    left, right = onto
+    return x @ left.to(x.dtype) @ right.to(x.dtype)
