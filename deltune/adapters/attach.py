@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from deltune import weights
 from deltune.adapters.adapted import Adapted
 from deltune.adapters.bank import Bank, scopes
-from deltune.adapters.config import AdapterConfig, complaint
+from deltune.adapters.config import AdapterConfig, complaint, name_of
 from deltune.adapters.delta import Delta
 from deltune.adapters.layers import out_in, site_of
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.targets import output_head, select
-from deltune.adapters.wrapper import TrainedCopy, Wrapper, original, replace, wrappers
+from deltune.adapters.whole import ModelDelta, host_of
+from deltune.adapters.wrapper import Beside, TrainedCopy, Wrapper, hosts, original, replace, wrappers
 from deltune.dist import gathered
 from deltune.errors import AdapterError
 
@@ -77,7 +78,9 @@ def begin(prepared: Prepared, seed: int | str) -> None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge."""
+    """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge; of a model its embeddings'."""
+    if not isinstance(module, Wrapper) and hasattr(module, "get_input_embeddings"):
+        module = module.get_input_embeddings()
     layer = original(module)
     weight = module.originals()["weight"] if isinstance(module, Adapted) else layer.weight
     with gathered(weight):
@@ -105,11 +108,14 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
         raise AdapterError(f"an adapter cannot be called {name!r}; use letters, digits, - and _, and no method's name")
     if name in adapters(model):
         raise AdapterError(f"the model has an adapter {name!r} already; detach it, or give this one another name")
+    make: type[Delta] = Magnitude if config.magnitude else config.delta_class()
+    if issubclass(make, ModelDelta):
+        config = make.settled(model, config)
     layers, saved = select(model, config)
     first = {id(module): place for place, module in reversed(layers.items())}  # one module may stand in two places
     layers = {place: module for place, module in layers.items() if first[id(module)] == place}
-    sites = [site_of(place, original(module)) for place, module in layers.items()]
-    make: type[Delta] = Magnitude if config.magnitude else config.delta_class()
+    describe = make.site_of if issubclass(make, ModelDelta) else site_of
+    sites = [describe(place, original(module)) for place, module in layers.items()]
     shared = {attribute: scopes(config, sites, attribute, *of) for attribute, of in config.delta_class().banks(config).items()}
     deltas = {site.name: make(config, site, {attribute: by_name[site.name] for attribute, by_name in shared.items()}) for site in sites}
     banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
@@ -137,7 +143,9 @@ def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
     exchange: dict[int, nn.Module] = {}
     for place, part in (prepared.deltas | prepared.copies).items():
         module = wrapper = prepared.places[place]
-        if not isinstance(module, Wrapper):
+        if isinstance(part, ModelDelta):
+            wrapper = host_of(part, module)
+        elif not isinstance(module, Wrapper):
             wrapper = TrainedCopy(module) if place in prepared.copies else Adapted(place, module)
             exchange[id(module)] = wrapper
         wrapper.add(prepared.name, part, trainable=trainable)
@@ -150,7 +158,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
     """The config of each attached adapter, by name."""
     found: dict[str, AdapterConfig] = {}
     for _, wrapper in wrappers(model):
-        if isinstance(wrapper, Adapted):
+        if not isinstance(wrapper, TrainedCopy):
             found.update({name: delta.config for name, delta in wrapper.adapters.items() if name not in found})
     return found
 
@@ -215,7 +223,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def extra_loss(model: nn.Module) -> Tensor | None:
     """The sum of what active deltas add to the training loss; None if they add nothing."""
-    running = [(name, wrapper.adapters[name]) for _, wrapper in _adapted(model) for name in wrapper.running]
+    holders = [holder for _, holder in wrappers(model) if not isinstance(holder, TrainedCopy)]
+    running = [(name, holder.adapters[name]) for holder in holders for name in holder.running]
     layers = Counter(name for name, _ in running)
     losses = [(delta.loss(), layers[name] if delta.averages_loss else 1) for name, delta in running]
     losses = [loss / count for loss, count in losses if loss is not None]
@@ -231,6 +240,7 @@ def merge_in_place(model: nn.Module, names: str | Sequence[str] | None = None) -
         if name not in running:
             raise AdapterError(f"adapter {name!r} is switched off; switch it on before merging it in place")
     unmerge(model)
+    _check_mergeable_models(model, names)
     layers = [(wrapper, [name for name in wrapper.running if name in names]) for _, wrapper in _adapted(model)]
     for wrapper, held in layers:
         wrapper.check_mergeable(held)
@@ -260,6 +270,7 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
         raise AdapterError("the model has no adapter to merge")
     _known(model, names)
     unmerge(model)
+    _check_mergeable_models(model, names)
     for _, wrapper in _adapted(model):
         wrapper.check_mergeable([n for n in names if n in wrapper.adapters])
     _check_sole_copies(model, names)
@@ -297,9 +308,12 @@ def _remove(model: nn.Module, name: str) -> None:
     for _, wrapper in wrappers(model):
         if name in wrapper.adapters:
             wrapper.remove(name)
-        if not wrapper.adapters:
+        if not wrapper.adapters and isinstance(wrapper, Wrapper):
             exchange[id(wrapper)] = wrapper.base_layer
     replace(model, exchange)
+    for host, holder in hosts(model):
+        if not holder.adapters:
+            holder.take_off(host)
     left = [other for other in active(model) if other != name]
     for _, wrapper in wrappers(model):
         wrapper.set_active(left)
@@ -308,6 +322,13 @@ def _remove(model: nn.Module, name: str) -> None:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in before)
         delattr(model, TRAINABLE_BEFORE)
+
+
+def _check_mergeable_models(model: nn.Module, names: Sequence[str]) -> None:
+    for place, holder in wrappers(model):
+        for name in [name for name in names if isinstance(holder, Beside) and name in holder.adapters]:
+            delta = holder.adapters[name]
+            raise AdapterError(f"{place}: adapter {name} ({name_of(delta.config)}) cannot be merged, for {delta.why_not_mergeable}")
 
 
 def _check_sole_copies(model: nn.Module, names: Sequence[str]) -> None:

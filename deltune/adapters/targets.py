@@ -10,6 +10,7 @@ from torch import nn
 
 from deltune.adapters.config import AdapterConfig, name_of
 from deltune.adapters.layers import READ_WEIGHTS, is_altered_linear, kind_of, site_of
+from deltune.adapters.whole import ModelDelta
 from deltune.adapters.wrapper import TrainedCopy, original, walk
 from deltune.errors import AdapterError
 
@@ -23,6 +24,8 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module
     """
     modules = {name: module for name, module in walk(model) if name}
     saved = _modules_to_save(modules, config)
+    if issubclass(config.delta_class(), ModelDelta):
+        return _hosts(model, config, saved), saved
     candidates = {name: module for name, module in modules.items() if not any(inside(name, other) for other in saved)}
     excluded = _excluded(modules, config.exclude)
     candidates = {name: module for name, module in candidates.items() if name not in excluded}
@@ -38,6 +41,16 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module
     for name, module in layers.items():
         _check(name, module, modules.get(name.rpartition(".")[0], model), config)
     return layers, saved
+
+
+def _hosts(model: nn.Module, config: AdapterConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that a method of the whole model acts beside; none may be within one that is trained in full."""
+    found = config.delta_class().find(model, config)
+    for name in found:
+        around = next((other for other in saved if inside(name, other)), None)
+        if around is not None:
+            raise AdapterError(f"modules_to_save: {around} would be a copy without what {name_of(config)} adds to {name}; train less of the model in full")
+    return found
 
 
 def inside(name: str, module: str) -> bool:

@@ -1,6 +1,6 @@
-"""What stands in a layer's place while adapters are attached: the layer as it was, and one part for each adapter.
+"""What holds adapters in a model: a Wrapper in a layer's place, with the layer as it was, or a Beside within a module.
 
-A wrapper never changes the layer it holds, so taking it away gives back the model as it was.
+Neither changes the module that it serves, so taking it away gives back the model as it was.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from deltune.errors import AdapterError
 
 BASE = "base_layer"  # PEFT's word too, so that tools which undo its prefix undo ours
+BESIDE = "adapters_beside"  # the name under which a host holds what acts beside it
 
 
 def base_name(name: str) -> str:
@@ -20,17 +22,15 @@ def base_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != BASE)
 
 
-class Wrapper(nn.Module):
-    """A frozen layer and, by adapter name, the part that each adapter adds to it."""
+class Holder(nn.Module):
+    """By adapter name, the part that each adapter adds in one place of the model."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self):
         super().__init__()
-        self.base_layer = layer
         self.adapters = nn.ModuleDict()
         self.active: list[str] = []  # the model's active adapters in their order, also those without a part here
         self.enabled = True
         self.fixed: set[str] = set()  # adapters that are not trained
-        self.train(layer.training)
 
     @property
     def running(self) -> list[str]:
@@ -52,6 +52,18 @@ class Wrapper(nn.Module):
         for name, part in self.adapters.items():
             part.requires_grad_(name in self.active and name not in self.fixed)
 
+    def extra_repr(self) -> str:
+        return f"active={self.running}"
+
+
+class Wrapper(Holder):
+    """A frozen layer and the parts of adapters, in the layer's place."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.base_layer = layer
+        self.train(layer.training)
+
     def __getattr__(self, name: str) -> Any:
         # Models ask a layer for its weight, in_features, padding_idx … and get the base layer's.
         try:
@@ -65,8 +77,27 @@ class Wrapper(nn.Module):
         """The module whose attributes are this wrapper's."""
         return self.base_layer
 
-    def extra_repr(self) -> str:
-        return f"active={self.running}"
+
+class Beside(Holder):
+    """Parts of adapters that act through hooks on a module, their host, which stays where and what it is.
+
+    It is a submodule of its host, so that its parameters are the model's, and does not hold the host.
+    """
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.train(host.training)
+        host.add_module(BESIDE, self)
+        self._handles = self.hooks(host)
+
+    def hooks(self, host: nn.Module) -> list[RemovableHandle]:
+        """Register this holder's own methods on the host. Not closures: a copy of the model must hook its own copy."""
+        raise NotImplementedError
+
+    def take_off(self, host: nn.Module) -> None:
+        for handle in self._handles:
+            handle.remove()
+        delattr(host, BESIDE)
 
 
 class TrainedCopy(Wrapper):
@@ -89,7 +120,8 @@ class TrainedCopy(Wrapper):
 
 
 def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name before any wrapper. Wrappers come whole: their insides are left out.
+    """Every module with its name before any adapter. Wrappers come whole: their insides are left out, and so is
+    whatever stands beside a module.
 
     A module that the model holds under two names comes twice.
     """
@@ -97,7 +129,7 @@ def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     if isinstance(model, Wrapper):
         return
     for child_name, child in model._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, Beside):
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
 
@@ -106,10 +138,20 @@ def original(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, Wrapper) else module
 
 
-def wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
-    """Every wrapper with its layer's name; one that stands in two places comes once."""
-    found = {id(module): (name, module) for name, module in reversed(list(walk(model))) if isinstance(module, Wrapper)}
+def wrappers(model: nn.Module) -> list[tuple[str, Holder]]:
+    """Every holder with the name of its layer, or of its host; one that stands in two places comes once."""
+    found: dict[int, tuple[str, Holder]] = {}
+    for name, module in reversed(list(walk(model))):
+        holder = module if isinstance(module, Wrapper) else module._modules.get(BESIDE)
+        if holder is not None:
+            found[id(holder)] = (name, holder)
     return list(reversed(found.values()))
+
+
+def hosts(model: nn.Module) -> list[tuple[nn.Module, Beside]]:
+    """Every module with something beside it, and that."""
+    found = {id(module): module for _, module in walk(model) if not isinstance(module, Wrapper) and BESIDE in module._modules}
+    return [(module, module._modules[BESIDE]) for module in found.values()]
 
 
 def replace(model: nn.Module, exchange: dict[int, nn.Module]) -> None:

@@ -17,6 +17,7 @@ from deltune.adapters.config import ADAPTERS, DELTAS, AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import kind_of
 from deltune.adapters.targets import ALL_LINEAR, ends_with, inside, output_head
+from deltune.adapters.whole import ModelDelta
 from deltune.adapters.wrapper import original, walk
 from deltune.errors import AdapterError
 
@@ -177,7 +178,8 @@ def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> Adap
     """Our config for PEFT's fields, with the targets spelled out for this model."""
     config_class, form = format_of(fields)
     check_fields(fields, form)
-    return config_class(targets=target_names(model, fields), modules_to_save=saved_names(fields), dtype=dtype, **form.read(fields))
+    chosen = {} if issubclass(config_class.delta_class(), ModelDelta) else {"targets": target_names(model, fields)}
+    return config_class(**chosen, modules_to_save=saved_names(fields), dtype=dtype, **form.read(fields))
 
 
 def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
