@@ -244,7 +244,7 @@ def test_a_method_goes_only_on_its_kinds_of_layers():
     class OnTables(type(config_of(Scaled))):
         targets: list[str] = option(["0"], "Where.")
 
-    with pytest.raises(AdapterError, match=r"0: scaled works on linear, conv1d layers, and this is of kind embedding"):
+    with pytest.raises(AdapterError, match=r"0 is a Embedding, of kind embedding; scaled works on layers of kind linear, conv1d"):
         attach(model, OnTables())
 
 

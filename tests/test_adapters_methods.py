@@ -23,7 +23,7 @@ from deltune.adapters.attach import (
 from deltune.adapters.config import DELTAS, METHODS, name_of, named
 from deltune.adapters.delta import Delta
 from deltune.adapters.files import load_adapter, save_adapter
-from deltune.adapters.layers import kind_of
+from deltune.adapters.layers import kind_of, out_in
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.wrapper import wrappers
 from deltune.errors import AdapterError
@@ -273,6 +273,10 @@ def test_auto_stores_the_adapter_in_the_bases_type(method):
 def test_dropout_is_off_in_eval_and_on_in_training(method):
     config = config_of(method)
     dropping = dataclasses.replace(config, dropout=0.5)
+    if not named(method).delta_class().takes_dropout:
+        with pytest.raises(AdapterError, match="dropout has no effect"):
+            attach(model_of(), dropping)
+        return
     plain, model = shaken(attach(model_of(), config)), shaken(attach(model_of(), dropping))
     assert torch.equal(model(IDS), plain(IDS))
     model.train()
@@ -369,7 +373,7 @@ def test_what_a_delta_declares_about_itself_is_true(method):
         product = inner.product()
         if product is not None:
             left, right, scale = product
-            W = getattr(model, place).weight if place == "linear" else getattr(model, place).weight.T
+            W = out_in(layer, layer.weight)
             assert torch.allclose(scale * left @ right, inner.delta(W), atol=1e-6)
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,11 @@ from deltune.adapters.adapted import Adapted
 from deltune.adapters.bank import Bank, scopes
 from deltune.adapters.config import AdapterConfig, complaint, name_of
 from deltune.adapters.delta import Delta
-from deltune.adapters.layers import out_in, site_of
+from deltune.adapters.layers import kind_of, out_in, site_of
 from deltune.adapters.magnitude import Magnitude
-from deltune.adapters.targets import output_head, select
+from deltune.adapters.targets import inside, output_head, select
 from deltune.adapters.whole import ModelDelta, host_of
-from deltune.adapters.wrapper import Beside, TrainedCopy, Wrapper, hosts, original, replace, wrappers
+from deltune.adapters.wrapper import Beside, TrainedCopy, Wrapper, hosts, original, replace, walk, wrappers
 from deltune.dist import gathered
 from deltune.errors import AdapterError
 
@@ -75,22 +76,36 @@ def begin(prepared: Prepared, seed: int | str) -> None:
             delta.reset(generator_for(place, seed))
             if delta.starts_from_base:
                 delta.start(weight_of(prepared.places[place]), generator_for(f"{place}.start", seed))
+            if type(delta).start_bias is not Delta.start_bias and delta.site.has_bias:
+                delta.start_bias(bias_of(prepared.places[place]))
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge; of a model its embeddings'."""
     if not isinstance(module, Wrapper) and hasattr(module, "get_input_embeddings"):
         module = module.get_input_embeddings()
-    layer = original(module)
-    weight = module.originals()["weight"] if isinstance(module, Adapted) else layer.weight
+    weight = _own(module, "weight")
     with gathered(weight):
-        return weights.float_view(out_in(layer, weight))
+        return weights.float_view(out_in(original(module), weight))
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """A layer's own bias [out], as `weight_of` gives its weight."""
+    bias = _own(module, "bias")
+    with gathered(bias):
+        return weights.float_view(bias)
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    return module.originals()[name] if isinstance(module, Adapted) else getattr(original(module), name)
 
 
 def ready(module: nn.Module, delta: Delta) -> None:
     """Have a delta take its last step before it runs, on the base weight of its layer as it is now."""
     if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
         delta.ready(weight_of(module))
+    if type(delta).ready_bias is not Delta.ready_bias and delta.site.has_bias and delta.site.device.type != "meta":
+        delta.ready_bias(bias_of(module))
 
 
 def generator_for(place: str, seed: int | str) -> torch.Generator:
@@ -114,13 +129,35 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
     layers, saved = select(model, config)
     first = {id(module): place for place, module in reversed(layers.items())}  # one module may stand in two places
     layers = {place: module for place, module in layers.items() if first[id(module)] == place}
+    ties = _ties(model, layers, saved) if make.follows_ties else {}
     describe = make.site_of if issubclass(make, ModelDelta) else site_of
     sites = [describe(place, original(module)) for place, module in layers.items()]
+    for place, (module, lead) in ties.items():
+        layers[place] = module
+        sites = [*(site for site in sites if site.name != place), replace_field(site_of(place, original(module)), tied_to=lead)]
     shared = {attribute: scopes(config, sites, attribute, *of) for attribute, of in config.delta_class().banks(config).items()}
     deltas = {site.name: make(config, site, {attribute: by_name[site.name] for attribute, by_name in shared.items()}) for site in sites}
     banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
     copies = {place: _copy(place, module) for place, module in saved.items()}
     return Prepared(name, layers | saved, deltas, banks, copies)
+
+
+def _ties(model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Layers that hold the weight of another of these, wherever they are: name -> the layer, and the name of the one it is tied to."""
+    leads: dict[int, str] = {}
+    for place, module in sorted(layers.items(), key=lambda layer: kind_of(original(layer[1])) != "embedding"):
+        leads.setdefault(id(_own(module, "weight")), place)
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for place, module in walk(model):
+        if kind_of(original(module)) in (None, "norm"):
+            continue
+        lead = leads.get(id(_own(module, "weight")))
+        if lead is None or module is layers[lead]:
+            continue
+        if isinstance(module, TrainedCopy) or any(inside(place, other) for other in saved):
+            raise AdapterError(f"{place} holds the same weight as {lead} and would not see its change, for a copy of it is trained in full (modules_to_save)")
+        found[place] = (module, lead)
+    return found
 
 
 def _copy(place: str, module: nn.Module) -> nn.Module:
@@ -284,11 +321,23 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
             if id(wrapper.base_layer.weight) in shared:
                 weights.snapshot(wrapper.base_layer)  # the others keep the tied tensor as it is
             wrapper.fold(held)
+    _tie_again(model, names)
     replace(model, replaced)
     for n in names:
         _remove(model, n)
     _untie_config(model)
     return model
+
+
+def _tie_again(model: nn.Module, names: Sequence[str]) -> None:
+    """Have layers that were tied, and were changed alike, hold one weight again."""
+    places = dict(_adapted(model))
+    for wrapper in places.values():
+        held = [name for name in names if name in wrapper.adapters]
+        leads = {wrapper.adapters[name].site.tied_to for name in held}
+        lead = places.get(leads.pop()) if len(leads) == 1 else None
+        if lead is not None and held == [name for name in names if name in lead.adapters]:
+            wrapper.base_layer.weight = lead.base_layer.weight
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:

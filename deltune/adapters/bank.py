@@ -1,7 +1,7 @@
 """Bank: tensors that the deltas of one scope share. Every delta of the scope holds the same Bank as a submodule.
 
 Scopes: `model` (one bank), `type` (layers that have one name but for their block's number), `block` (layers of one
-decoder block), `category` (PEFT's FRoD: the last two parts of the name). A scope's key is part of the tensors' names in
+decoder block), `category` (PEFT's FRoD: the last two parts of the name), `tied` (layers that hold one weight). A scope's key is part of the tensors' names in
 the file where there can be more than one. A delta may hold several banks, each under an attribute of its own.
 """
 
@@ -145,9 +145,9 @@ class Projection(Bank):
 
 def scopes(config: AdapterConfig, sites: Sequence[Site], name: str, scope: str, bank_class: type[Bank]) -> dict[str, Bank]:
     """The bank of each layer, by layer name; layers of one scope get the same one. `name`: the deltas' attribute for it."""
-    key_of = SCOPES[scope]
+    keys = {site.name: (site.tied_to or site.name) if scope == "tied" else SCOPES[scope](site.name) for site in sites}
     groups: dict[str, list[Site]] = {}
     for site in sites:
-        groups.setdefault(key_of(site.name), []).append(site)
+        groups.setdefault(keys[site.name], []).append(site)
     banks = {key: bank_class(config, key, group, name) for key, group in groups.items()}
-    return {site.name: banks[key_of(site.name)] for site in sites}
+    return {site.name: banks[keys[site.name]] for site in sites}

@@ -33,6 +33,12 @@ def layers_that_share_have_one_rank(config: AdapterConfig, delta: type[Delta]) -
     return None
 
 
+def dropout_needs_an_input(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    if config.dropout and not delta.takes_dropout:
+        return f"dropout has no effect with {config.delta}, which reads no input that could be dropped; leave it 0"
+    return None
+
+
 def moving_the_base_needs_a_matrix(config: AdapterConfig, delta: type[Delta]) -> str | None:
     if config.schedule.moves_base and delta.no_matrix(config):
         return f"schedule.name cannot be {config.schedule.name} with {config.delta}: it writes the change into the base weight, and {delta.no_matrix(config)}"
@@ -71,6 +77,7 @@ def time_settings_have_an_effect(config: AdapterConfig, delta: type[Delta]) -> s
 
 
 RULES: tuple[Rule, ...] = (
+    dropout_needs_an_input,
     magnitude_needs_a_matrix,
     magnitude_goes_around_sums,
     layers_that_share_have_one_rank,

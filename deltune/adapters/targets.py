@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -29,12 +29,12 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module
     candidates = {name: module for name, module in modules.items() if not any(inside(name, other) for other in saved)}
     excluded = _excluded(modules, config.exclude)
     candidates = {name: module for name, module in candidates.items() if name not in excluded}
-    if config.targets == ALL_LINEAR:
-        layers = _all_linear(model, candidates)
+    if isinstance(config.targets, str) and config.targets in KEYWORDS:
+        layers = KEYWORDS[config.targets](model, candidates)
     elif isinstance(config.targets, str):
-        layers = _by_pattern(candidates, config.targets)
+        layers = _by_pattern(candidates, config)
     else:
-        layers = _by_names(candidates, config.targets)
+        layers = _by_names(candidates, config)
     layers = {name: module for name, module in modules.items() if name in layers}  # in the model's order, whatever the list's
     if not layers:
         raise AdapterError(_nothing(model, modules, config))
@@ -100,7 +100,46 @@ def _all_linear(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[s
     }
 
 
-def _by_pattern(candidates: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+def _all_norms(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in candidates.items() if kind_of(original(module)) == "norm"}
+
+
+def _all_layers(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return _all_linear(model, candidates) | _all_norms(model, candidates)
+
+
+def _all_biases(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in _all_layers(model, candidates).items() if site_of(name, original(module)).has_bias}
+
+
+def _input_embedding(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    tables = {name: module for name, module in candidates.items() if kind_of(original(module)) == "embedding"}
+    if hasattr(model, "get_input_embeddings"):
+        return {name: module for name, module in tables.items() if module is model.get_input_embeddings()}
+    return tables if len(tables) == 1 else {}
+
+
+# Words for `targets` that mean kinds of layers, each to what finds them
+KEYWORDS: dict[str, Callable[[nn.Module, Mapping[str, nn.Module]], dict[str, nn.Module]]] = {
+    ALL_LINEAR: _all_linear,
+    "all-norms": _all_norms,
+    "all-layers": _all_layers,
+    "all-biases": _all_biases,
+    "input-embedding": _input_embedding,
+}
+
+# Where no layer is such
+NONE_SUCH = {
+    ALL_LINEAR: "the model has no Linear or Conv1D layer that is left to adapt",
+    "all-norms": "the model has no LayerNorm, RMSNorm or the like that is left to adapt",
+    "all-layers": "the model has no Linear, Conv1D or norm layer that is left to adapt",
+    "all-biases": "no layer of the model that is left to adapt has a bias; name layers that shall get one, or `all-layers`",
+    "input-embedding": "the model does not say which Embedding its input goes through, or it is left out; name it",
+}
+
+
+def _by_pattern(candidates: Mapping[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
+    pattern = config.targets
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -108,17 +147,17 @@ def _by_pattern(candidates: Mapping[str, nn.Module], pattern: str) -> dict[str, 
     return {
         name: module
         for name, module in candidates.items()
-        if (kind_of(original(module)) or is_altered_linear(original(module))) and expression.fullmatch(name)
+        if (_is_layer(module, config) or is_altered_linear(original(module))) and expression.fullmatch(name)
     }
 
 
-def _by_names(candidates: Mapping[str, nn.Module], endings: Iterable[str]) -> dict[str, nn.Module]:
+def _by_names(candidates: Mapping[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
-    for ending in endings:
+    for ending in config.targets:
         found = {name: module for name, module in candidates.items() if ends_with(name, ending)}
         if not found:
             raise AdapterError(
-                f"targets: {ending!r} matches no module that is left to adapt.{nearest(ending, _layer_names(candidates))}"
+                f"targets: {ending!r} matches no module that is left to adapt.{nearest(ending, _layer_names(candidates, config))}"
             )
         layers.update(found)
     return layers
@@ -130,7 +169,10 @@ def _check(name: str, module: nn.Module, parent: nn.Module, config: AdapterConfi
         raise AdapterError(f"{name} is trained in full by adapter {', '.join(module.adapters)}; it cannot be adapted as well")
     site = site_of(name, original(module))
     if site.kind not in config.delta_class().kinds:
-        raise AdapterError(f"{name}: {name_of(config)} works on {', '.join(config.delta_class().kinds)} layers, and this is of kind {site.kind}")
+        raise AdapterError(
+            f"{name} is a {type(original(module)).__name__}, of kind {site.kind}; {name_of(config)} works on layers of kind "
+            f"{', '.join(config.delta_class().kinds)}"
+        )
     if isinstance(parent, READ_WEIGHTS):
         raise AdapterError(
             f"{name}: its owner, a {type(parent).__name__}, reads this layer's weight without calling the layer, so an "
@@ -138,8 +180,14 @@ def _check(name: str, module: nn.Module, parent: nn.Module, config: AdapterConfi
         )
 
 
-def _layer_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if kind_of(original(module))]
+def _is_layer(module: nn.Module, config: AdapterConfig) -> bool:
+    """Whether an expression over names can mean it: norms stand among the layers of a block, and few methods adapt them."""
+    kind = kind_of(original(module))
+    return kind is not None and (kind != "norm" or kind in config.delta_class().kinds)
+
+
+def _layer_names(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
+    return [name for name, module in modules.items() if _is_layer(module, config)]
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
@@ -158,9 +206,9 @@ def _nothing(model: nn.Module, modules: Mapping[str, nn.Module], config: Adapter
             f"the model itself is a single {type(model).__name__}, which cannot be replaced in place; put it into a "
             "module, e.g. torch.nn.Sequential"
         )
-    if config.targets == ALL_LINEAR:
-        return "targets: the model has no Linear or Conv1D layer that is left to adapt"
-    layers = _layer_names(modules)
+    if isinstance(config.targets, str) and config.targets in KEYWORDS:
+        return f"targets: {NONE_SUCH[config.targets]}"
+    layers = _layer_names(modules, config)
     if isinstance(config.targets, list):
         return f"targets is empty.{nearest('', layers)}"
     hint = ""

@@ -193,7 +193,8 @@ def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, D
         "base_model_name_or_path": base,
         "revision": None,
         "auto_mapping": None,
-        "target_modules": shortest_names(model, deltas),
+        # what is tied to a target follows it there too, and is not named
+        "target_modules": shortest_names(model, [place for place, delta in deltas.items() if delta.site.tied_to is None]),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
