@@ -66,11 +66,11 @@ class Adapted(Wrapper):
         self._squares = None  # which would keep the merged weight alive
         self._originals, self.merged = {}, []
 
-    def check_mergeable(self, names: Sequence[str]) -> None:
+    def check_mergeable(self, names: Sequence[str], *, exactly: bool = False) -> None:
         for name in names:
             delta = self.adapters[name]
             why = delta.no_matrix(delta.config)
-            if why:
+            if why and (exactly or not delta.merges_roughly(delta.config)):
                 raise AdapterError(f"{self.site.name}: adapter {name} ({name_of(delta.config)}) cannot be merged, for {why}")
             if delta.adds_bias and not self.site.has_bias:
                 raise AdapterError(f"{self.site.name}: adapter {name} changes the bias, and this layer has none to merge into")
@@ -116,7 +116,7 @@ class Below:
         with gathered(layer.weight):
             W = weights.float_view(out_in(layer, layer.weight))
         before = self.running[: self.place]
-        self.adapted.check_mergeable(before)
+        self.adapted.check_mergeable(before, exactly=True)
         for name in before:
             delta = self.adapted.adapters[name]
             W = W + delta.delta(W)

@@ -105,6 +105,11 @@ class Delta(nn.Module):
         return "" if cls.mergeable else cls.why_not_mergeable
 
     @classmethod
+    def merges_roughly(cls, config: AdapterConfig) -> bool:
+        """Whether this config asks for a merge by `delta` though its change is not that matrix."""
+        return False
+
+    @classmethod
     def banks(cls, config: AdapterConfig) -> Mapping[str, tuple[str, type[Bank]]]:
         """Tensors shared with other layers: attribute of the delta -> (scope, class of the bank). Scopes: see bank.py."""
         return {}
