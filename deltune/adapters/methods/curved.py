@@ -1,0 +1,301 @@
+"""Methods with a non-linearity in the change: on the entries of the matrix BA, which stays a matrix, or on activations.
+
+Legend: A [rank, in], B [out, rank]; x [..., in]; s is alpha / rank.
+SineLoRA (arXiv:2403.19243), LoRAN (EMNLP Findings 2024), LoDA (MERL TR2023-150), AuroRA (arXiv:2505.18738).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltune.adapters import draw
+from deltune.adapters.config import AdapterConfig, RankedConfig
+from deltune.adapters.delta import Delta
+from deltune.adapters.ranked import Ranked
+from deltune.config.fields import option
+
+DELTAS = {"sinelora": "SineLoraConfig", "loran": "LoranConfig", "loda": "LodaConfig", "aurora": "AuroraConfig"}
+
+METHODS = {
+    "sinelora": {
+        "choices": {"delta": "sinelora"},
+        "paper": "arXiv:2403.19243",
+        "formula": "ΔW = s·sin(ω·BA) / g, g = √in, s = α/r",
+        "small": {"rank": 2, "omega": 20.0},
+        "note": "The paper has an ω for each rank and the authors' code no default; ours is 200, whose first step is 200/√in times LoRA's.",
+    },
+    "loran": {
+        "choices": {"delta": "loran"},
+        "paper": "https://aclanthology.org/2024.findings-emnlp.177",
+        "formula": "ΔW = s·φ(BA), φ(z) = z + amp·ρ(z)·sin(freq·z), s = α/r",
+        "small": {"rank": 2, "freq": 100.0, "amp": 0.05},
+        "note": "Sources leave open whether ρ is ReLU (the default here) or the identity, and whether there is a scale. on=activation puts φ on BAx, as a public copy does; that cannot be merged.",
+    },
+    "loda": {
+        "choices": {"delta": "loda", "plus": False},
+        "paper": "MERL TR2023-150",
+        "formula": "ΔW(x) = s·f(B·f(M₂·f(M₁·f(A·x)))), f = LeakyReLU, s = α/r",
+        "small": {"rank": 2},
+        "note": "Told by a survey, for neither code nor the full text is public; slope and scale are not given there.",
+    },
+    "loda_plus": {
+        "choices": {"delta": "loda", "plus": True},
+        "paper": "MERL TR2023-150",
+        "formula": "ΔW(x) = s·(B·A·x + f(B·f(M₂·f(M₁·f(A·x))))), f = LeakyReLU, s = α/r",
+        "small": {"rank": 2},
+        "note": "Told by a survey, for neither code nor the full text is public; slope and scale are not given there.",
+    },
+    "aurora": {
+        "choices": {"delta": "aurora"},
+        "paper": "arXiv:2505.18738",
+        "formula": "ΔW(x) = s·B·σ(A·x), σ(z) = tanh(H·tanh z) + C·Σᵢ b(zᵢ), b: 8 cubic B-splines on [−1, 1], s = α/r",
+        "small": {"rank": 2},
+        "note": "The paper trains this and then merges s·B·σ(A), which is another function: mode=paper asks for that merge, mode=static trains what can be merged, and by default a merge is refused. The start of H and C and the splines' grid are not in the paper. It drops 5 % of the inputs.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SineLoraConfig(RankedConfig):
+    """The sine of a low-rank matrix, which has a high rank (arXiv:2403.19243)."""
+
+    delta: str = option("sinelora", "Parametrisation of the change.", choices=("sinelora",))
+    omega: float = option(200.0, "Frequency of the sine; a larger one gives a higher rank and larger first steps.", gt=0)
+    gain: float | None = option(None, "What the sine is divided by; null for √in, as in the authors' code.", gt=0)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return SineLora
+
+
+@dataclass(frozen=True)
+class LoranConfig(RankedConfig):
+    """Low-rank adaptation with a wave on each entry (EMNLP Findings 2024)."""
+
+    delta: str = option("loran", "Parametrisation of the change.", choices=("loran",))
+    amp: float = option(5e-5, "Height of the wave.", ge=0)
+    freq: float = option(1e4, "Frequency of the wave.", gt=0)
+    wave: str = option("relu", "What multiplies the sine: relu: the positive part of the entry; identity: the entry.", choices=("relu", "identity"))
+    on: str = option("weight", "weight: on the entries of BA, which can be merged; activation: on BAx.", choices=("weight", "activation"))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Loran
+
+
+@dataclass(frozen=True)
+class LodaConfig(RankedConfig):
+    """Low-dimensional adaptation: a small network in the place of the product (MERL TR2023-150)."""
+
+    delta: str = option("loda", "Parametrisation of the change.", choices=("loda",))
+    plus: bool = option(False, "Add the linear term BAx (LoDA+).")
+    slope: float = option(0.8, "LeakyReLU's slope below zero.", gt=0)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Loda
+
+
+@dataclass(frozen=True)
+class AuroraConfig(RankedConfig):
+    """An adaptive non-linear layer between the factors (arXiv:2505.18738)."""
+
+    delta: str = option("aurora", "Parametrisation of the change.", choices=("aurora",))
+    rank: int = option(2, "Rank of the change.", gt=0)
+    alpha: float = option(4.0, "Strength: the change is scaled by alpha / rank, or alpha / √rank with scaling=rslora.", gt=0)
+    mode: str = option("dynamic", "dynamic: σ on activations, no merge; static: σ on A, which is a matrix; paper: σ on activations while training, and a merge puts σ on A, which is another function.", choices=("dynamic", "static", "paper"))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Aurora
+
+
+class Factored(Ranked):
+    """A kaiming_uniform and B zero, both trained: unchanged at its start for any function that keeps zero."""
+
+    def build(self) -> None:
+        self.lora_A = nn.Parameter(torch.empty(self.rank, self.site.n_in, **self.storage))
+        self.lora_B = nn.Parameter(torch.empty(self.site.n_out, self.rank, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.lora_A.copy_(draw.kaiming(self.lora_A.shape, generator))
+        self.lora_B.zero_()
+
+
+# ---------------------------------------------------------------- on the entries of BA
+
+
+class EntrywiseOut(torch.autograd.Function):
+    """x f(BA)ᵀ [..., out], which keeps x, A and B for the backward pass and no out×in tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.value, ctx.slope = value, slope
+        return F.linear(x, value(B @ A).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        Z = B @ A
+        grad_x = grad @ ctx.value(Z).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_A = grad_B = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            inner = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(Z.dtype) * ctx.slope(Z)  # [out, in]
+            grad_A, grad_B = B.T @ inner, inner @ A.T
+        return grad_x, grad_A, grad_B, None, None
+
+
+class Entrywise(Factored):
+    """ΔW = value(BA), entry by entry, with its derivative `slope`."""
+
+    def value(self, Z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def slope(self, Z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def delta(self, W: Tensor | None) -> Tensor:
+        return self.value(self.lora_B @ self.lora_A)
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):  # a frequency times a rounded BA would be noise
+            flat = x.unsqueeze(0) if x.ndim == 1 else x
+            return EntrywiseOut.apply(flat, self.lora_A, self.lora_B, self.value, self.slope).view(*x.shape[:-1], self.site.n_out)
+
+
+class SineLora(Entrywise):
+    """ΔW = s·sin(ω·BA) / g. The authors' code divides by √in whatever gain it is given; here `gain` counts."""
+
+    @property
+    def height(self) -> float:
+        return self.scale / (math.sqrt(self.site.n_in) if self.config.gain is None else self.config.gain)
+
+    def value(self, Z: Tensor) -> Tensor:
+        return torch.sin(self.config.omega * Z) * self.height
+
+    def slope(self, Z: Tensor) -> Tensor:
+        return torch.cos(self.config.omega * Z) * (self.height * self.config.omega)
+
+
+class Loran(Entrywise):
+    """ΔW = s·φ(BA), or with on=activation s·φ(BAx), where φ(z) = z + amp·ρ(z)·sin(freq·z)."""
+
+    @classmethod
+    def no_matrix(cls, config: AdapterConfig) -> str:
+        return "" if config.on == "weight" else "its wave is on the activations (on=activation), which no matrix does"
+
+    def value(self, Z: Tensor) -> Tensor:
+        rho = F.relu(Z) if self.config.wave == "relu" else Z
+        return (Z + self.config.amp * rho * torch.sin(self.config.freq * Z)) * self.scale
+
+    def slope(self, Z: Tensor) -> Tensor:
+        amp, freq = self.config.amp, self.config.freq
+        sine = torch.sin(freq * Z)
+        if self.config.wave == "relu":
+            return (1 + amp * ((Z > 0) * sine + F.relu(Z) * freq * torch.cos(freq * Z))) * self.scale
+        return (1 + amp * (sine + Z * freq * torch.cos(freq * Z))) * self.scale
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        if self.config.on == "weight":
+            return super().out(x, W)
+        z = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        # the sine's argument in float32 at least: freq times a short type's rounding is more than a period
+        return self.value(z.to(torch.promote_types(z.dtype, torch.float32))).to(z.dtype)
+
+
+# ---------------------------------------------------------------- on activations
+
+
+class Loda(Factored):
+    """ΔW(x) = s·f(B·h), h = f(M₂·f(M₁·f(A·x))), and s·B·A·x besides with `plus`. One dropout mask for both terms."""
+
+    mergeable = False
+    why_not_mergeable = "its change is a small network, not a matrix"
+
+    def build(self) -> None:
+        super().build()
+        self.mixer_1 = nn.Parameter(torch.empty(self.rank, self.rank, **self.storage))
+        self.mixer_2 = nn.Parameter(torch.empty(self.rank, self.rank, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        super().reset(generator)
+        for mixer in (self.mixer_1, self.mixer_2):
+            mixer.copy_(draw.kaiming(mixer.shape, generator))
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        slope, B = self.config.slope, self.lora_B.to(x.dtype)
+        z = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # f(s·z) = s·f(z) for s > 0
+        h = F.leaky_relu(z, slope)
+        for mixer in (self.mixer_1, self.mixer_2):
+            h = F.leaky_relu(F.linear(h, mixer.to(x.dtype)), slope)
+        curved = F.leaky_relu(F.linear(h, B), slope, inplace=True)
+        return curved + F.linear(z, B) if self.config.plus else curved
+
+
+CELLS = 5  # of the grid on [−1, 1]
+ORDER = 3  # of the splines
+BASES = CELLS + ORDER
+
+
+def cubic_splines(z: Tensor) -> Tensor:
+    """The values [..., 8] of the cubic B-splines with equal cells on [−1, 1], each zero but for four cells."""
+    step = 2 / CELLS
+    middles = torch.arange(BASES, device=z.device, dtype=z.dtype) * step - 1 - step
+    away = ((z.unsqueeze(-1) - middles) / step).abs()
+    return (F.relu(2 - away) ** 3 - 4 * F.relu(1 - away) ** 3) / 6
+
+
+class Aurora(Factored):
+    """ΔW(x) = s·B·σ(A·x), σ(z) = tanh(H·tanh z) + C·Σᵢ b(zᵢ); static: s·B·σ(A)·x, with σ on each column of A."""
+
+    mergeable = False
+    why_not_mergeable = "it was trained with its curve on the activations, and with the curve on A, as the paper merges it, it is another function; adapter.mode=paper asks for that, and adapter.mode=static trains what can be merged"
+
+    @classmethod
+    def no_matrix(cls, config: AdapterConfig) -> str:
+        return "" if config.mode == "static" else cls.why_not_mergeable
+
+    @classmethod
+    def merges_roughly(cls, config: AdapterConfig) -> bool:
+        return config.mode == "paper"
+
+    def build(self) -> None:
+        super().build()
+        self.aurora_H = nn.Parameter(torch.empty(self.rank, self.rank, **self.storage))
+        self.aurora_C = nn.Parameter(torch.empty(self.rank, BASES, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        super().reset(generator)
+        self.aurora_H.copy_(draw.normal(self.aurora_H.shape, math.sqrt(1 / self.rank), generator))  # xavier_normal
+        self.aurora_C.copy_(draw.uniform(self.aurora_C.shape, 0.1, generator))
+
+    def curve(self, z: Tensor) -> Tensor:
+        """σ on the last dimension [..., rank]; in float32 at least, for z is small and the splines are steep."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        H, C = self.aurora_H.to(z.dtype), self.aurora_C.to(z.dtype)
+        return torch.tanh(F.linear(torch.tanh(z), H)) + F.linear(cubic_splines(z).sum(-2), C)
+
+    def product(self) -> tuple[Tensor, Tensor, float]:
+        """What a merge adds; the trained function itself only with mode=static."""
+        return self.lora_B, self.curve(self.lora_A.T).T, self.scale
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        if self.config.mode == "static":
+            z = F.linear(x, self.curve(self.lora_A.T).T.to(x.dtype))
+        else:
+            z = self.curve(F.linear(x, self.lora_A.to(x.dtype))).to(x.dtype)
+        return F.linear(z * self.scale, self.lora_B.to(x.dtype))
