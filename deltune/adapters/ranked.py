@@ -9,6 +9,7 @@ from typing import Any
 
 from deltune.adapters.config import RankedConfig
 from deltune.adapters.delta import Delta
+from deltune.adapters.layers import Site
 from deltune.errors import AdapterError
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -29,20 +30,31 @@ def pattern_matches(key: str, name: str) -> bool:
         raise AdapterError(f"rank_pattern or alpha_pattern: {key!r} is no regular expression: {error}") from None
 
 
+def rank_at(site: Site, pattern: Mapping[str, int], default: int) -> int:
+    """The rank of a layer. AdapterError if the pattern gives it none."""
+    rank = value_for(site.name, pattern, default)
+    if rank < 1:
+        raise AdapterError(f"{site.name}: rank_pattern gives it rank {rank}; a rank is at least 1")
+    return rank
+
+
+def check_patterns(names: Sequence[str], **patterns: Mapping[str, Any]) -> None:
+    """Raise AdapterError, naming the field, if a key of these patterns matches none of the adapted layers."""
+    for field, pattern in patterns.items():
+        for key in pattern:
+            if not any(pattern_matches(key, name) for name in names):
+                raise AdapterError(f"{field}: {key!r} matches none of the adapted modules, e.g. {names[0]}")
+
+
 class Ranked(Delta):
     """A delta whose config is a RankedConfig. `self.rank` and `self.scale` are this layer's."""
 
     def __init__(self, config: RankedConfig, site: Any, banks: Any = None):
-        self.rank = value_for(site.name, config.rank_pattern, config.rank)
+        self.rank = rank_at(site, config.rank_pattern, config.rank)
         self.alpha = value_for(site.name, config.alpha_pattern, config.alpha)
-        if self.rank < 1:
-            raise AdapterError(f"{site.name}: rank_pattern gives it rank {self.rank}; a rank is at least 1")
         self.scale = SCALINGS[config.scaling](self.alpha, self.rank)
         super().__init__(config, site, banks)
 
     @classmethod
     def check(cls, config: RankedConfig, names: Sequence[str]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, field):
-                if not any(pattern_matches(key, name) for name in names):
-                    raise AdapterError(f"{field}: {key!r} matches none of the adapted modules, e.g. {names[0]}")
+        check_patterns(names, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
