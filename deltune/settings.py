@@ -109,6 +109,14 @@ def _optimizer_rules(run: Run) -> Iterator[str]:
     optim, schedule = run.optim, run.schedule
     if optim.lr_scales and optim.lr_values:
         yield "optim.lr_scales cannot be given together with optim.lr_values: both set the rate of single parameters"
+    if optim.rule != "lora_plus" and _changed(optim, "rule_ratio"):
+        yield f"optim.rule_ratio has no effect with optim.rule={optim.rule}; it belongs to lora_plus"
+    if optim.rule != "none":
+        from deltune.adapters.legal import rule_problem
+
+        problem = rule_problem(run.adapter, optim.rule)
+        if problem:
+            yield f"optim.{problem}"
     if optim.weight_decay == 0 and _changed(optim, "no_decay"):
         yield "optim.no_decay has no effect while optim.weight_decay is 0"
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:

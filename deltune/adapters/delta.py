@@ -80,6 +80,7 @@ class Delta(nn.Module):
     follows_ties: ClassVar[bool] = False  # it goes on every layer that holds the same weight, see `Site.tied_to`
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
+    repeats: ClassVar[Mapping[str, str]] = {}  # tensors of a bank that PEFT writes in every layer too: leaf there -> the bank's
     named_alone: ClassVar[bool] = False  # the names of its tensors in the file are whole, without the layer's
 
     def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):
@@ -108,6 +109,11 @@ class Delta(nn.Module):
     def merges_roughly(cls, config: AdapterConfig) -> bool:
         """Whether this config asks for a merge by `delta` though its change is not that matrix."""
         return False
+
+    @classmethod
+    def trained_factors(cls, config: Any) -> tuple[str, ...]:
+        """Those of `factors` that this config trains, for the rules that need them."""
+        return cls.factors or ()
 
     @classmethod
     def banks(cls, config: AdapterConfig) -> Mapping[str, tuple[str, type[Bank]]]:

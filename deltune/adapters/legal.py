@@ -77,17 +77,36 @@ def time_settings_have_an_effect(config: AdapterConfig, delta: type[Delta]) -> s
 
 
 RULES: tuple[Rule, ...] = (
-    dropout_needs_an_input,
-    magnitude_needs_a_matrix,
-    magnitude_goes_around_sums,
-    layers_that_share_have_one_rank,
     moving_the_base_needs_a_matrix,
     momentum_needs_a_factor,
     following_needs_the_whole_change,
     time_settings_have_an_effect,
+    dropout_needs_an_input,
+    magnitude_needs_a_matrix,
+    magnitude_goes_around_sums,
+    layers_that_share_have_one_rank,
 )
 
 
 def problems(config: AdapterConfig) -> list[str]:
     delta = config.delta_class()
     return [problem for problem in (rule(config, delta) for rule in RULES) if problem]
+
+
+def rule_problem(config: AdapterConfig | None, rule: str) -> str | None:
+    """Why an optimizer's rule over pairs (A, B) would have no effect on this adapter, or could not be, beginning with the key `rule`;
+    None if it fits."""
+    if rule == "none":
+        return None
+    if config is None:
+        return f"rule has no effect with adapter=null: it is about an adapter's pair (A, B)"
+    delta = config.delta_class()
+    if delta.factors is None:
+        return f"rule has no effect on {config.delta}: it is about a pair (A, B) with ΔW = s·B·A, which this change is not made of"
+    a, b = delta.factors
+    trained = delta.trained_factors(config)
+    if b not in trained:
+        return f"rule has no effect: it is about B, and this adapter trains {' and '.join(trained)} only"
+    if rule == "lora_fa" and a in trained:
+        return "rule needs A frozen, and this adapter trains it: add adapter.train=B, or choose adapter=lora_fa"
+    return None

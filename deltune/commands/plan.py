@@ -59,6 +59,7 @@ def make(run: Run) -> Plan:
     """Work out a run. Raises what training would raise before its first step, as far as no weights are needed for it."""
     import torch
 
+    from deltune.adapters.rules import gradient_rules, lr_ratios
     from deltune.commands import estimate
     from deltune.commands.survey import survey
     from deltune.engines.engine import pick_device
@@ -73,7 +74,8 @@ def make(run: Run) -> Plan:
     model = estimate.shapes_of(run)
     tokenizer = load_tokenizer(run.model)
     check_pair(model.config, tokenizer)
-    parameter_groups(model.named_parameters(), run.optim)
+    parameter_groups(model.named_parameters(), run.optim, lr_ratios(model, run.optim.rule, run.optim.rule_ratio))
+    gradient_rules(model, run.optim.rule)
     found = survey(run.data, tokenizer)
     num_steps = steps_of(run, found)
     schedule(run.schedule, num_steps)

@@ -241,6 +241,10 @@ class Session:
         self.parameter_table = parameter_table(self.model)
 
     def build_loop(self) -> Loop:
+        from functools import partial
+
+        from deltune.adapters.attach import extra_loss
+        from deltune.adapters.rules import gradient_rules, lr_ratios
         from deltune.data.loader import Loader
         from deltune.optim.build import build_optimizer
         from deltune.optim.groups import parameter_groups
@@ -260,7 +264,8 @@ class Session:
             num_examples=num_examples,
         )
         num_steps = run.train.steps or loader.num_steps(epochs)
-        optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim), run.optim)
+        ratios = lr_ratios(self.model, run.optim.rule, run.optim.rule_ratio)
+        optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim, ratios), run.optim)
         self.schedules, rates = self.over_time(optimizer, lambda steps: schedule(run.schedule, steps), num_steps)
         store = CheckpointStore(run.folder / "checkpoints", run.checkpoint.save_total_limit)
         return Loop(
@@ -269,6 +274,7 @@ class Session:
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store, self.schedules),
             evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
             forward_step=self.forward_step, log_every=run.log.every, schedules=self.schedules,
+            extra_loss=partial(extra_loss, self.model), gradient_rules=gradient_rules(self.model, run.optim.rule),
         )
 
     def over_time(self, optimizer: Any, make: Callable[[int], Any], num_steps: int) -> tuple[list[Any], Callable[[int], float]]:

@@ -19,6 +19,8 @@ class OptimConfig:
     no_decay: list[str] = option(NO_DECAY, "Parameters without weight decay, by name pattern (* and ? match any text).")
     lr_scales: dict[str, float] = option({}, "Name pattern to multiplier of the learning rate; the first pattern that matches counts.")
     lr_values: dict[str, float] = option({}, "Name pattern to a learning rate of its own; not together with lr_scales.")
+    rule: str = option("none", "Rule over an adapter's pairs (A, B). lora_plus: B's learning rate is rule_ratio times A's (arXiv:2402.12354); lora_fa: B's gradient is corrected for a frozen A (arXiv:2308.03303).", choices=("none", "lora_plus", "lora_fa"))
+    rule_ratio: float = option(16.0, "Ratio of rule=lora_plus.", gt=0)
     max_grad_norm: float | None = option(1.0, "Clip the global gradient norm to this; null does not clip.", gt=0)
 
 

@@ -18,14 +18,14 @@ from deltune.optim.config import NO_DECAY, OptimConfig
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig, ratios: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, each with `params`, `names`, `lr` (its peak) and `weight_decay`, in order of first
     appearance.
 
     Only parameters that require a gradient. Tensors of fewer than two dimensions (norms, biases, vectors) and names
     that match a pattern of no_decay have no weight decay. The first matching pattern of lr_scales or lr_values sets
-    the rate. ConfigError for a pattern that decides nothing, and for a rate that is not a positive number.
+    the rate; without one in lr_values it is multiplied by the parameter's entry in `ratios`. ConfigError for a pattern that decides nothing, and for a rate that is not a positive number.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
@@ -40,18 +40,18 @@ def parameter_groups(
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained:
         decays = parameter.ndim >= 2 and _first_match(name, config.no_decay) is None
-        decay, rate = config.weight_decay if decays else 0.0, _rate(name, config)
+        decay, rate = config.weight_decay if decays else 0.0, _rate(name, config, (ratios or {}).get(name, 1.0))
         group = groups.setdefault((decay, rate), {"params": [], "names": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
 
 
-def _rate(name: str, config: OptimConfig) -> float:
+def _rate(name: str, config: OptimConfig, ratio: float) -> float:
     own, scaled = _first_match(name, config.lr_values), _first_match(name, config.lr_scales)
     if own is not None:
         return config.lr_values[own]
-    return config.lr if scaled is None else config.lr * config.lr_scales[scaled]
+    return config.lr * ratio if scaled is None else config.lr * ratio * config.lr_scales[scaled]
 
 
 def _first_match(name: str, patterns: Iterable[str]) -> str | None:

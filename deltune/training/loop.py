@@ -26,6 +26,7 @@ from deltune.training.signals import StopRequest
 from deltune.training.state import Saver, Schedule
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
+ADDED = "extra_loss"  # the name under which it is logged
 
 
 @dataclass
@@ -91,12 +92,15 @@ class Loop:
         forward_step: ForwardStep = causal_lm_step,
         log_every: int = 1,
         schedules: Sequence[Schedule] = (),
+        extra_loss: Callable[[], torch.Tensor | None] = lambda: None,
+        gradient_rules: Sequence[Callable[[], None]] = (),
     ):
         self.model, self.loader, self.optimizer, self.schedule, self.engine = model, loader, optimizer, schedule, engine
         self.info, self.train, self.eval, self.checkpoint = info, train, eval, checkpoint
         self.max_grad_norm, self.saver, self.evaluate = max_grad_norm, saver, evaluate
         self.callbacks, self.forward_step, self.log_every = list(callbacks), forward_step, log_every
         self.schedules = list(schedules)
+        self.extra_loss, self.gradient_rules = extra_loss, list(gradient_rules)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         self.progress = Progress()
@@ -214,14 +218,20 @@ class Loop:
             losses.append(loss.detach())  # read after the last backward: reading waits for the device
             for name, value in extra.items():
                 extras.setdefault(name, []).append(float(value))
+        added = self.extra_loss()
+        if added is not None and added.requires_grad:  # a function of the weights alone: once, whatever the split of the batch
+            self.engine.backward(added / self.engine.world_size)
         self.engine.reduce_gradients(self.parameters)
+        for rewrite in self.gradient_rules:
+            rewrite()
         loss = dist.sum_over_ranks([sum(one.item() for one in losses)], self.engine.device)[0] / max(num_trained, 1)
         grad_norm = self.engine.grad_norm(self.parameters)
         if not (_is_finite(loss) and _is_finite(grad_norm)):
             self._restore_if_scale_overflowed(loss)
             where = self._where(placed)
             raise _NotFinite(loss, grad_norm, where)
-        return loss, grad_norm, {name: sum(values) / len(values) for name, values in extras.items()}
+        extra = {name: sum(values) / len(values) for name, values in extras.items()}
+        return loss, grad_norm, extra if added is None else extra | {ADDED: added.item()}
 
     def _restore_if_scale_overflowed(self, loss: float) -> None:
         """fp16: a gradient that overflows under a finite loss lowers the loss scale and skips the step; no fault."""

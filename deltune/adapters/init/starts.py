@@ -7,7 +7,7 @@ those that are meant so. Random numbers are drawn on the CPU in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,24 +16,15 @@ from deltune.adapters import draw
 from deltune.adapters.init import svd
 from deltune.adapters.init.nf4 import round_trip
 
+if TYPE_CHECKING:
+    from deltune.adapters.methods.lora import LoraConfig  # what a config says of its start
+
 Pair = tuple[Tensor, Tensor]
-
-
-class Asked(Protocol):
-    """What a config says of its start."""
-
-    init: str
-    train: str  # the factor that is trained: both, A or B
-    svd: str
-    part: str
-    gamma: float
-    loftq_iterations: int
-
 
 # ---------------------------------------------------------------- without looking at W
 
 
-def one_zero(rank: int, n_in: int, n_out: int, generator: torch.Generator, asked: Asked, embedding: bool = False) -> Pair:
+def one_zero(rank: int, n_in: int, n_out: int, generator: torch.Generator, asked: LoraConfig, embedding: bool = False) -> Pair:
     """One factor drawn, the other zero: B, or the one that is trained alone. An embedding's A is zero, as in PEFT."""
     zero_a = asked.train == "A" or (embedding and asked.train == "both")
     shape = (n_out, rank) if zero_a else (rank, n_in)
@@ -60,7 +51,7 @@ def nonzero(rank: int, n_in: int, n_out: int, generator: torch.Generator, gamma:
     return draw.uniform((rank, n_in), bound, generator), draw.uniform((n_out, rank), bound, generator)
 
 
-def from_nothing(rank: int, n_in: int, n_out: int, generator: torch.Generator, asked: Asked, embedding: bool = False) -> Pair:
+def from_nothing(rank: int, n_in: int, n_out: int, generator: torch.Generator, asked: LoraConfig, embedding: bool = False) -> Pair:
     """The start without data. For a start that looks at W it is the plain one, a no-op, until W is looked at."""
     if asked.init == "orthogonal":
         return orthogonal(rank, n_in, n_out, generator)
@@ -78,12 +69,12 @@ def split(U: Tensor, S: Tensor, V: Tensor, scale: float) -> Pair:
     return (V * root).T, U * root
 
 
-def pissa(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: Asked) -> Pair:
+def pissa(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
     """The largest components of W (arXiv:2404.02948)."""
     return split(*svd.largest(W, rank, generator, asked.svd), scale)
 
 
-def milora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: Asked) -> Pair:
+def milora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
     """The smallest components of W (arXiv:2406.09044), or others: those in the middle, the largest, some at random."""
     k = min(W.shape)
     if asked.part == "min":
@@ -95,7 +86,7 @@ def milora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked
     return split(*svd.chosen(W, places), scale)
 
 
-def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: Asked) -> Pair:
+def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
     """B = Q[:, :r], A = R[:r] of W = QR (arXiv:2406.01775); the scale comes on top, as published.
 
     Q's first r columns are those of W's first r columns alone, and the first r rows of R are QᵀW.
@@ -104,13 +95,13 @@ def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked:
     return Q.T @ W, Q
 
 
-def mica(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: Asked) -> Pair:
+def mica(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
     """B: left singular vectors of the smallest values; A zero (arXiv:2604.01694)."""
     U = svd.smallest(W, rank, generator, asked.svd)[0]
     return torch.zeros(rank, W.shape[1], dtype=W.dtype, device=W.device), U
 
 
-def loftq(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: Asked) -> Pair:
+def loftq(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
     """What NF4 loses of W (arXiv:2310.08659): in turn Q = NF4(W - R) and R = the best rank-r part of W - Q.
 
     Both factors are divided by √s, so that s·B·A = R for any alpha; the published code holds for s = 1 alone.
@@ -123,7 +114,7 @@ def loftq(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked:
     return split(*parts, scale)
 
 
-FROM_BASE: dict[str, Callable[[Tensor, int, float, torch.Generator, Asked], Pair]] = {
+FROM_BASE: dict[str, Callable[[Tensor, int, float, torch.Generator, LoraConfig], Pair]] = {
     "pissa": pissa,
     "milora": milora,
     "olora": olora,

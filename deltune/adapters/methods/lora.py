@@ -265,6 +265,10 @@ class Lora(Ranked):
     factors = ("lora_A", "lora_B")
     peft = PEFT
 
+    @classmethod
+    def trained_factors(cls, config: LoraConfig) -> tuple[str, ...]:
+        return {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}[config.train]
+
     def build(self) -> None:
         config, site = self.config, self.site
         if config.init in starts.FROM_BASE and self.rank > min(site.n_in, site.n_out):
