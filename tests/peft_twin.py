@@ -71,9 +71,11 @@ def our_gradients(model, name="default"):
 
 
 def their_gradients(wrapped, name="default"):
-    """Key in the file -> gradient."""
+    """Key in the file -> gradient. A tensor of the whole adapter goes by its own name, not by that of a layer that holds it."""
+    every = dict(wrapped.base_model.named_parameters(remove_duplicate=False))
+    whole = {id(parameter): f"base_model.{key}" for key, parameter in every.items() if not key.startswith("model.")}
     return {
-        bare(".".join(part for part in key.split(".") if part != name)): parameter.grad
+        bare(".".join(part for part in whole.get(id(parameter), key).split(".") if part != name)): parameter.grad
         for key, parameter in wrapped.named_parameters() if parameter.requires_grad
     }
 

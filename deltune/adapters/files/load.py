@@ -171,7 +171,7 @@ def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -
     parts = prepared.deltas | prepared.copies
     own = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
     expected = own | {key: tensor for bank in prepared.banks for key, tensor in bank_tensors(bank).items()}
-    given = _without_base_copies(base_tensors(model), tensors, expected)
+    given = _without_repeats(prepared, _without_base_copies(base_tensors(model), tensors, expected))
     missing, left = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or left:
         raise AdapterError(" and ".join(filter(None, [_listed("lacks", missing), _listed("has tensors that nothing in this model takes:", left)])))
@@ -187,6 +187,18 @@ def _fill(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -
     for place, copied in prepared.copies.items():
         for key, tensor in file_tensors(place, copied).items():
             tensor.copy_(given[key])
+
+
+def _without_repeats(prepared: Prepared, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors but for a bank's that PEFT writes once more in every layer. They must equal the bank's."""
+    rest = dict(tensors)
+    for place, delta in prepared.deltas.items():
+        for leaf, shared in delta.repeats.items():
+            key, whole = f"{PREFIX}{place}.{leaf}", f"{WHOLE}{shared}"
+            repeated = rest.pop(key, None)
+            if repeated is not None and (whole not in rest or not torch.equal(repeated, rest[whole])):
+                raise AdapterError(f"{key}: the layers share this tensor, and {whole} is another one")
+    return rest
 
 
 def _listed(words: str, names: list[str]) -> str:
