@@ -1,0 +1,262 @@
+"""Changes that repeat a small matrix over the weight: MiSS (arXiv:2409.15371) and circulant blocks, C3A (arXiv:2407.19342).
+
+Legend: W is [out, in]; r is the rank, here the side of a tile; x is [..., in]; f counts frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltune.adapters import draw
+from deltune.adapters.config import AdapterConfig
+from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.fit import must_divide
+from deltune.adapters.ranked import check_patterns, rank_at, value_for
+from deltune.config.fields import option
+from deltune.errors import AdapterError
+
+DELTAS = {"miss": "MissConfig", "miss_bat": "MissBatConfig", "c3a": "C3aConfig"}
+
+METHODS = {
+    "miss": {
+        "choices": {"delta": "miss"},
+        "paper": "arXiv:2409.15371",
+        "formula": "ΔW = DᵀP, P[i, j] = 1 where j ≡ i (mod r): one r-wide shard for all of W",
+        "small": {"rank": 3},
+        "note": "Formerly Bone. No scale.",
+    },
+    "miss_bat": {
+        "choices": {"delta": "miss_bat"},
+        "paper": "arXiv:2409.15371",
+        "formula": "ΔW = W D + D for each r×r block of W, one D for each row of blocks",
+        "small": {"rank": 4},
+    },
+    "miss_mini": {
+        "choices": {"delta": "miss", "form": "mini"},
+        "paper": "arXiv:2409.15371",
+        "formula": "as miss, with D an r×r′ matrix repeated out/r′ times",
+        "small": {"rank": 4, "mini_rank": 2},
+        "note": "r′ is 64, as in the authors' example; PEFT's default is 1, which gives every output the same change.",
+    },
+    "c3a": {
+        "choices": {"delta": "c3a"},
+        "paper": "arXiv:2407.19342",
+        "formula": "ΔW in b×b blocks, each circulant: entry (k, j) = w[(j − k) mod b] / in",
+        "start": 0.3,
+        "small": {"block_size": 4},
+        "note": "Starts at random as its authors have it; init=zero starts without a change and trains as well.",
+    },
+}
+
+
+# ---------------------------------------------------------------- MiSS
+
+
+RANK_PATTERN_HELP = "Regular expression over the end of a module name to its own rank; the first that matches counts."
+
+
+@dataclass(frozen=True)
+class MissConfig(AdapterConfig):
+    """A shard repeated over the weight (arXiv:2409.15371)."""
+
+    delta: str = option("miss", "Parametrisation of the change.", choices=("miss",))
+    rank: int = option(64, "Width of the shard, at most the layer's inputs.", gt=0)
+    rank_pattern: dict[str, int] = option({}, RANK_PATTERN_HELP)
+    form: str = option("shard", "shard: repeats over the inputs; mini: over the outputs too.", choices=("shard", "mini"))
+    mini_rank: int = option(64, "With form=mini, number of outputs after which the shard repeats; divides the outputs.", gt=0)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Miss
+
+
+@dataclass(frozen=True)
+class MissBatConfig(AdapterConfig):
+    """Blocks that act on the weight's own (arXiv:2409.15371)."""
+
+    delta: str = option("miss_bat", "Parametrisation of the change.", choices=("miss_bat",))
+    rank: int = option(64, "Side of a block; divides the layer's inputs and outputs.", gt=0)
+    rank_pattern: dict[str, int] = option({}, RANK_PATTERN_HELP)
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return MissBat
+
+
+def _says_bat(fields: Mapping[str, Any]) -> bool:
+    return fields.get("init_weights") == "bat"
+
+
+def _can_peft(config: MissConfig | MissBatConfig) -> bool:
+    return not config.rank_pattern and not config.magnitude
+
+
+class Miss(Delta):
+    """ΔW = DᵀP: column j of ΔW is row j mod r of D [r, out], or of D [r, r'] repeated over the outputs. D starts at zero."""
+
+    peft = PeftFormat(
+        type="MISS",
+        write=lambda config: {
+            "r": config.rank,
+            "miss_dropout": config.dropout,
+            "mini_r": config.mini_rank,
+            "init_weights": "mini" if config.form == "mini" else True,
+        },
+        read=lambda fields: {
+            "rank": fields.get("r", 64),
+            "dropout": fields.get("miss_dropout", 0.0),
+            "mini_rank": fields.get("mini_r", 1),
+            "form": "mini" if fields.get("init_weights") == "mini" else "shard",
+        },
+        fields=frozenset({"r", "miss_dropout", "mini_r", "init_weights"}),
+        fits=_can_peft,
+    )
+
+    @classmethod
+    def check(cls, config: MissConfig, names: Sequence[str]) -> None:
+        check_patterns(names, rank_pattern=config.rank_pattern)
+
+    def build(self) -> None:
+        self.rank = rank_at(self.site, self.config.rank_pattern, self.config.rank)
+        if self.rank > self.site.n_in:
+            raise AdapterError(f"{self.site.name}: rank is {self.rank}, and this layer has {self.site.n_in} inputs to sum up in that many; {self.site.n_in} is the most")
+        columns = self.site.n_out
+        if self.config.form == "mini":
+            columns = self.config.mini_rank
+            must_divide(self.site, "mini_rank", columns, outputs=self.site.n_out)
+        self.times = self.site.n_out // columns
+        self.miss_block = nn.Parameter(torch.empty(self.rank, columns, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.miss_block.zero_()
+
+    def product(self) -> tuple[Tensor, Tensor, float]:
+        left = self.miss_block.T.repeat(self.times, 1)
+        tiles = -(-self.site.n_in // self.rank)
+        right = torch.eye(self.rank, dtype=left.dtype, device=left.device).repeat(1, tiles)[:, : self.site.n_in]
+        return left, right, 1.0
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        summed = F.pad(x, (0, -x.shape[-1] % self.rank)).unflatten(-1, (-1, self.rank)).sum(-2)  # P x [..., r]
+        answer = summed @ self.miss_block.to(x.dtype)
+        return answer if self.times == 1 else answer.repeat(*[1] * (x.ndim - 1), self.times)
+
+    def ranked(self) -> dict[str, int]:
+        return {"miss_block": 0}
+
+
+class MissBat(Delta):
+    """ΔW = W D + D in each r×r block of W, with one D for each row of blocks, D [out/r, r, r]. D starts at zero."""
+
+    reads_base = True
+    peft = PeftFormat(
+        type="MISS",
+        write=lambda config: {"r": config.rank, "miss_dropout": config.dropout, "mini_r": 1, "init_weights": "bat"},
+        read=lambda fields: {"rank": fields.get("r", 64), "dropout": fields.get("miss_dropout", 0.0)},
+        fields=frozenset({"r", "miss_dropout", "mini_r", "init_weights"}),
+        fits=_can_peft,
+        told=_says_bat,
+    )
+
+    @classmethod
+    def check(cls, config: MissBatConfig, names: Sequence[str]) -> None:
+        check_patterns(names, rank_pattern=config.rank_pattern)
+
+    def build(self) -> None:
+        self.rank = rank_at(self.site, self.config.rank_pattern, self.config.rank)
+        must_divide(self.site, "rank", self.rank, inputs=self.site.n_in, outputs=self.site.n_out)
+        self.miss_block = nn.Parameter(torch.empty(self.site.n_out // self.rank, self.rank, self.rank, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.miss_block.zero_()
+
+    def delta(self, W: Tensor) -> Tensor:
+        rank, D = self.rank, self.miss_block
+        rows = W.reshape(-1, rank * (self.site.n_in // rank), rank)  # [out/r, r · in/r, r]: a row of blocks, cut into rows
+        turned = torch.bmm(rows, D.to(W.dtype)).unflatten(1, (rank, -1))  # [out/r, r, in/r, r]
+        return (turned + D.unsqueeze(2)).reshape(W.shape)
+
+
+# ---------------------------------------------------------------- C3A
+
+
+@dataclass(frozen=True)
+class C3aConfig(AdapterConfig):
+    """Circulant blocks (arXiv:2407.19342)."""
+
+    delta: str = option("c3a", "Parametrisation of the change.", choices=("c3a",))
+    block_size: int = option(256, "Side of a block; divides every layer's inputs and outputs. There are inputs × outputs / block_size parameters.", gt=0)
+    block_size_pattern: dict[str, int] = option({}, "Regular expression over the end of a module name to its own block size; the first that matches counts.")
+    init: str = option("xavier", "Start: xavier: uniform within ±√(6/(in + out)), a small change; kaiming: ±1/√in; gaussian: normal with deviation 1; zero: no change.", choices=("xavier", "kaiming", "gaussian", "zero"))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return C3a
+
+
+C3A_STARTS = {"xavier": "xavier_uniform", "kaiming": "kaiming_uniform", "gaussian": "gaussian", "zero": True}
+
+
+class C3a(Delta):
+    """Block (m, n) of ΔW is circulant: entry (k, j) is w[m, n, (j − k) mod b] / in, with w [out/b, in/b, b]."""
+
+    peft = PeftFormat(
+        type="C3A",
+        write=lambda config: {
+            "block_size": config.block_size,
+            "block_size_pattern": dict(config.block_size_pattern),
+            "init_weights": C3A_STARTS[config.init],
+        },
+        read=lambda fields: {
+            "block_size": fields.get("block_size", 256),
+            "block_size_pattern": fields.get("block_size_pattern") or {},
+            "init": next((ours for ours, theirs in C3A_STARTS.items() if theirs == fields.get("init_weights")), "xavier"),
+        },
+        fields=frozenset({"block_size", "block_size_pattern", "init_weights"}),
+        fits=lambda config: not config.magnitude,
+        lacks=frozenset({"exclude_modules"}),
+    )
+
+    @classmethod
+    def check(cls, config: C3aConfig, names: Sequence[str]) -> None:
+        check_patterns(names, block_size_pattern=config.block_size_pattern)
+
+    def build(self) -> None:
+        self.size = value_for(self.site.name, self.config.block_size_pattern, self.config.block_size)
+        must_divide(self.site, "block_size", self.size, inputs=self.site.n_in, outputs=self.site.n_out)
+        self.c3a_kernel = nn.Parameter(torch.empty(self.site.n_out // self.size, self.site.n_in // self.size, self.size, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        shape, n_in, n_out = self.c3a_kernel.shape, self.site.n_in, self.site.n_out
+        match self.config.init:
+            case "zero":
+                self.c3a_kernel.zero_()
+            case "gaussian":
+                self.c3a_kernel.copy_(draw.normal(shape, 1.0, generator))
+            case "kaiming":
+                self.c3a_kernel.copy_(draw.kaiming(shape, generator, fan=n_in))
+            case "xavier":
+                self.c3a_kernel.copy_(draw.uniform(shape, (6 / (n_in + n_out)) ** 0.5, generator))
+
+    def delta(self, W: Tensor | None) -> Tensor:
+        place = torch.arange(self.size, device=self.c3a_kernel.device)
+        blocks = self.c3a_kernel[:, :, (place - place.unsqueeze(1)) % self.size]  # [out/b, in/b, b, b]
+        return blocks.transpose(1, 2).reshape(self.site.n_out, self.site.n_in) / self.site.n_in
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        # y[k] = Σⱼ w[j − k] x[j] is a correlation: in frequencies a product with w's conjugate. At least float32, for
+        # transforms of shorter types exist for few sizes only.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parts = torch.fft.rfft(x.to(wide).reshape(-1, self.site.n_in // self.size, self.size))  # [tokens, in/b, f]
+        kernel = torch.fft.rfft(self.c3a_kernel.to(wide) / self.site.n_in).conj()
+        answer = torch.fft.irfft(torch.einsum("tnf,mnf->tmf", parts, kernel), n=self.size)
+        return answer.reshape(*x.shape[:-1], self.site.n_out)
