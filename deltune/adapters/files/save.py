@@ -62,6 +62,6 @@ def _base_path(model: nn.Module) -> str | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(value, indent=2) + "\n"  # in the order given: of patterns the first that matches counts
     with replacing(path, len(text)) as temporary:
         temporary.write_text(text, encoding="utf-8")
