@@ -7,7 +7,7 @@ MoSLoRA (arXiv:2406.11909), NLoRA with SLoRA and IntTune (arXiv:2502.14482), NoR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -392,11 +392,20 @@ def _kasa_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Kasa(Cored):
-    """ΔW = s·B·diag(d)·A − UΣVᵀ of the `rank` smallest triplets of W, which are found again after a load.
+def _kasa_complete(fields: Mapping[str, Any], delta: Delta, tensors: Mapping[str, Tensor], W: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """With what PEFT's file leaves out: PEFT truncates the base itself, by a full decomposition, when it reads one."""
+    if any(leaf in tensors for leaf in (DROPPED_A, DROPPED_B)):
+        return dict(tensors)
+    assert isinstance(delta, Kasa)
+    U, S, V = smallest(W(), delta.rank, torch.Generator(), "full")
+    return {**tensors, DROPPED_A: V.T, DROPPED_B: U * S}
 
-    PEFT's file holds A, B and d, and PEFT truncates the base itself when it reads them; so ours holds no more than these.
-    """
+
+DROPPED_A, DROPPED_B = "kasa_dropped_A", "kasa_dropped_B"  # PEFT passes over these
+
+
+class Kasa(Cored):
+    """ΔW = s·B·diag(d)·A − UΣVᵀ of the `rank` smallest triplets of W, which are saved beside PEFT's tensors."""
 
     averages_loss = True  # as in the authors' code; PEFT leaves the sum to the user
     peft = PeftFormat(
@@ -407,15 +416,15 @@ class Kasa(Cored):
         harmless={"megatron_core": "megatron.core", "qalora_group_size": 16},
         fits=lambda config: not config.magnitude,  # PEFT takes one of the two
         told=lambda fields: fields.get("kasa_config") is not None,
+        complete=_kasa_complete,
     )
 
     def build(self) -> None:
         self.check_rank(most=min(self.site.n_in, self.site.n_out) - 1)  # something of W is to be left
         self.declare_factors()
         self.declare("lora_diag", self.rank)
-        self.declare("dropped_A", self.rank, self.site.n_in, trained=False, saved=False)
-        self.declare("dropped_B", self.site.n_out, self.rank, trained=False, saved=False)
-        self.found = False  # whether the dropped triplets are
+        self.declare("dropped_A", self.rank, self.site.n_in, trained=False)
+        self.declare("dropped_B", self.site.n_out, self.rank, trained=False)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -425,24 +434,13 @@ class Kasa(Cored):
 
     @torch.no_grad()
     def start(self, W: Tensor, generator: torch.Generator) -> None:
-        U, S, V = self.drop(W)
+        U, S, V = smallest(W, self.rank, generator, self.config.svd)
+        self.dropped_B.copy_(U * S)
+        self.dropped_A.copy_(V.T)
         if self.config.init == "dropped":
             self.lora_A.copy_(V.T)
             self.lora_B.copy_(U)
             self.lora_diag.copy_(S / self.scale)
-
-    @torch.no_grad()
-    def ready(self, W: Tensor) -> None:
-        if not self.found:
-            self.drop(W)
-
-    def drop(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # a generator of its own: a load must find what the start found
-        U, S, V = smallest(W, self.rank, torch.Generator("cpu").manual_seed(0), self.config.svd)
-        self.dropped_B.copy_(U * S)
-        self.dropped_A.copy_(V.T)
-        self.found = True
-        return U, S, V
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         left = self.lora_B * (self.lora_diag * self.scale)
@@ -464,4 +462,4 @@ class Kasa(Cored):
         return {"lora_A": 0, "lora_B": 1, "lora_diag": 0}
 
     def leaves(self) -> dict[str, str]:
-        return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_diag": "lora_diag"}
+        return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_diag": "lora_diag", "dropped_A": DROPPED_A, "dropped_B": DROPPED_B}
