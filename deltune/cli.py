@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "generate": ("answer one prompt, or a file of them", "GenerateSettings"),
     "chat": ("talk to a model", "ChatSettings"),
     "merge": ("fold an adapter into its base model", "MergeSettings"),
+    "convert": ("write an adapter of any method as plain LoRA", "ConvertSettings"),
     "preview": ("the examples, token by token, as the trainer will see them", "PreviewSettings"),
     "plan": ("parameters, steps, memory and time of a run, without loading weights", "Run"),
     "doctor": ("what is installed, and which devices, types and engines work here", None),
@@ -26,7 +27,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "list": ("models, methods, formats, optimizers, schedules, presets, keys ...", None),
     "launch": ("start several processes: deltune launch -n 2 train ...", None),
 }
-SWEEPABLE = ("train", "eval", "generate", "plan", "merge", "preview")
+SWEEPABLE = ("train", "eval", "generate", "plan", "merge", "convert", "preview")
 HELP = ("-h", "--help", "help")
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE

@@ -320,6 +320,23 @@ class MergeSettings(Trained):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Trained):
+    """An adapter of any method whose change is a matrix, written as plain LoRA."""
+
+    out: str = option(help="Folder for the LoRA; must not exist or be empty.")
+    rank: int | None = option(None, "Rank of each layer, less where its change has less; null keeps all of the change.", gt=0)
+    svd: str = option("fast", "With a rank, how the best factors are found: fast is randomised, full is exact and slow.", choices=("fast", "full"))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.adapter is None:
+            found.append("adapter must name the adapter's folder: adapter=FOLDER or run=RUN")
+        if self.rank is None and _changed(self, "svd"):
+            found.append("svd has no effect without rank, for then the whole change is kept")
+        return found
+
+
 @dataclass(frozen=True)
 class PreviewSettings:
     """The tokenised examples as the trainer will see them."""

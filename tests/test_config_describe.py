@@ -14,6 +14,7 @@ from deltune.config.fields import walk
 from deltune.config.words import expand_sweep
 from deltune.settings import (
     ChatSettings,
+    ConvertSettings,
     EvalSettings,
     GenerateSettings,
     InitSettings,
@@ -24,7 +25,7 @@ from deltune.settings import (
 )
 from tests.conftest import ROOT
 
-VERBS = (Run, EvalSettings, GenerateSettings, ChatSettings, MergeSettings, PreviewSettings, InitSettings)
+VERBS = (Run, EvalSettings, GenerateSettings, ChatSettings, MergeSettings, ConvertSettings, PreviewSettings, InitSettings)
 
 
 def test_docs_config_is_what_the_code_writes():

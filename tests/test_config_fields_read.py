@@ -26,7 +26,7 @@ ROOTS = tuple(vars(settings)[name] for name in sorted(vars(settings)) if name ==
 COMPLAINTS = re.compile(r"problems|\w*_rules?|_changed")
 
 # fields that are read by name from plain values, before there is an instance
-BY_NAME = {("EvalSettings", "run"), ("GenerateSettings", "run"), ("ChatSettings", "run"), ("MergeSettings", "run")}
+BY_NAME = {("EvalSettings", "run"), ("GenerateSettings", "run"), ("ChatSettings", "run"), ("MergeSettings", "run"), ("ConvertSettings", "run")}
 
 
 def all_keys() -> list[Key]:

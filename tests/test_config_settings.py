@@ -11,6 +11,7 @@ from deltune.config.fields import default_of, walk
 from deltune.errors import ConfigError
 from deltune.settings import (
     ChatSettings,
+    ConvertSettings,
     EvalSettings,
     GenerateSettings,
     InitSettings,
@@ -23,7 +24,7 @@ from deltune.settings import (
     split_file,
 )
 
-VERBS = (Run, EvalSettings, GenerateSettings, ChatSettings, MergeSettings, PreviewSettings, InitSettings)
+VERBS = (Run, EvalSettings, GenerateSettings, ChatSettings, MergeSettings, ConvertSettings, PreviewSettings, InitSettings)
 
 
 def refused(cls, *words, **more) -> str:
@@ -105,7 +106,7 @@ def test_a_setting_without_effect_is_refused_and_one_change_mends_it(line, blame
         (GenerateSettings, "prompt=a batch=3", "batch"), (GenerateSettings, "prompt=a top_p=0.5", "top_p"), (ChatSettings, "top_k=5", "top_k"),
         (ChatSettings, "model.gradient_checkpointing=true", "model.gradient_checkpointing"), (ChatSettings, "model.revision=x", "model.revision"),
         (ChatSettings, "engine=ddp", "engine"), (EvalSettings, "", "data.eval"), (EvalSettings, "data=a max_new_tokens=3", "max_new_tokens"),
-        (EvalSettings, "data=a data.eval_size=4", "data.eval_size"), (MergeSettings, "out=x", "adapter"),
+        (EvalSettings, "data=a data.eval_size=4", "data.eval_size"), (MergeSettings, "out=x", "adapter"), (ConvertSettings, "out=x", "adapter"),
     ],
 )  # fmt: skip
 def test_other_verbs_refuse_settings_without_effect_too(cls, line, blamed):

@@ -98,7 +98,8 @@ class MovingBase:
                     raise AdapterError(f"{place}: its {leaf} is stored as {tensor.dtype}; folding a change into it would round it anew each time. {self.config.name} needs a base in a floating type")
 
     def moved_leaves(self, place: str) -> list[str]:
-        return ["weight", "bias"] if self.deltas[place].adds_bias else ["weight"]
+        delta = self.deltas[place]
+        return ["weight", "bias"] if delta.site.has_bias and type(delta).bias_delta is not Delta.bias_delta else ["weight"]
 
     def before_update(self, step: int) -> None:
         """The gradient of this step is whole, and the optimizer's step comes next."""
@@ -231,14 +232,14 @@ class Following(MovingBase):
         if self.before is None:  # not yet, or the step updated nothing
             return
         for place, layer in self.layers.items():
-            self._follow(layer, self.deltas[place])
+            self._follow(layer, self.deltas[place], "bias" in self.moved_leaves(place))
         self.before = None
         self.loaded()
 
-    def _follow(self, layer: Adapted, delta: Delta) -> None:
+    def _follow(self, layer: Adapted, delta: Delta, with_bias: bool) -> None:
         base = layer.base_layer
         W = weights.float_view(out_in(base, base.weight))
-        bias = weights.float_view(base.bias) if delta.adds_bias else None
+        bias = weights.float_view(base.bias) if with_bias else None
         new, new_bias = _change(delta, W, bias)
         self._exchange(delta)
         old, old_bias = _change(delta, W, bias)

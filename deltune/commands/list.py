@@ -67,6 +67,7 @@ VERBS_OF_PAGE = (
     ("deltune generate", settings.GenerateSettings, ("model", "engine")),
     ("deltune chat", settings.ChatSettings, ("model", "engine")),
     ("deltune merge", settings.MergeSettings, ("model", "engine")),
+    ("deltune convert", settings.ConvertSettings, ("model", "engine")),
     ("deltune preview", settings.PreviewSettings, ("model", "data")),
     ("deltune init", settings.InitSettings, ()),
 )
