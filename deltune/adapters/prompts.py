@@ -117,8 +117,11 @@ class Prompted(Beside):
 def refuse_what_cannot_be_extended(given: Mapping[str, Any]) -> None:
     """AdapterError for arguments that say something of each position and that a prompt has no word for."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
+    cache = given.get("past_key_values")
+    if cache is not None and cache.is_compileable:
+        raise AdapterError(f"a prompt makes the sequence longer, and a {type(cache).__name__} has one size. What fits: a DynamicCache")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise AdapterError("a prompt needs an attention mask [batch, seq]; a cache of fixed size comes with another. What fits: a dynamic cache")
+        raise AdapterError("a prompt needs an attention mask [batch, seq]")
     if positions is not None and positions.ndim != 2:
         raise AdapterError(f"a prompt needs positions [batch, seq], and these are {list(positions.shape)}")
     if given.get("token_type_ids") is not None:
