@@ -141,7 +141,7 @@ SET = {
     "target_parameters": ["experts"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [1],
-    "kasa_config": {"beta": 1},
+    "velora_config": {"num_groups": 64},
     "megatron_config": {"x": 1},
     "megatron_core": "another",
     "qalora_group_size": 32,
