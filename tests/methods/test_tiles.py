@@ -85,7 +85,7 @@ def test_magnitude_goes_around(method, tmp_path):
     x = torch.randn(4, 6)
     model, _ = adapted(method, shake=0, dtype=torch.float32, magnitude=True, rank=2)
     assert torch.equal(model(x), layer(dtype=torch.float32)(x))
-    model, delta = adapted(method, dtype=torch.float32, magnitude=True, rank=2)
+    model, _ = adapted(method, dtype=torch.float32, magnitude=True, rank=2)
     save_adapter(model, tmp_path)
     answer = model(x)
     merge_in_place(model)
