@@ -1,0 +1,173 @@
+"""Entries: a matrix that is zero but at fixed places, and its product with activations at the cost of these places alone.
+
+Legend: the matrix is [out, in] with n values [n] at `places` [2, n], their rows and columns; x is [..., in].
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltune.errors import AdapterError
+
+# Off the CPU: up to this many entries for each row or column, single entries are cheaper than a dense product.
+FEW = 2
+SAMPLE = 1 << 16  # entries of a weight from which a bound on its largest is told
+BLOCK = 1 << 18  # entries looked at together: few enough to stay in the cache
+
+
+@functools.lru_cache(maxsize=16)
+def permuted(total: int, count: int, seed: int) -> Tensor:
+    """The first of a random order of 0 … total − 1, the same for every layer of one size: as PEFT's methods draw places."""
+    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed))[:count].clone()
+
+
+def scattered(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different numbers below `total`, in order, all sets alike probable. Costs of the order of count if that is small."""
+    if 4 * count > total:
+        return torch.randperm(total, generator=generator)[:count].sort().values
+    found = torch.randint(total, (count,), generator=generator).unique()
+    while len(found) < count:
+        found = torch.cat([found, torch.randint(total, (count,), generator=generator)]).unique()
+    return found[torch.randperm(len(found), generator=generator)[:count]].sort().values
+
+
+def by_magnitude(W: Tensor, count: int, *, top: bool = True) -> Tensor:
+    """Flat places of the entries of W with the largest magnitude, or the smallest, in order; any of those that are equal."""
+    flat, sign = W.reshape(-1), 1.0 if top else -1.0
+    if flat.numel() > SAMPLE and 4 * count < flat.numel():
+        # a sample tells a bound that some more than these pass, and only they are sorted
+        sample = sign * flat[:: flat.numel() // SAMPLE].abs()
+        above = min(len(sample) - 1, int(1.2 * count / flat.numel() * len(sample)) + 64)
+        bound = sample.kthvalue(len(sample) - above).values
+        blocks = [(sign * block.abs() >= bound).nonzero().squeeze(1) + i * BLOCK for i, block in enumerate(flat.split(BLOCK))]
+        passing = torch.cat(blocks)
+        if len(passing) >= count:
+            return passing[(sign * flat[passing].abs()).topk(count, sorted=False).indices].sort().values
+    return (sign * flat.abs()).topk(count, sorted=False).indices.sort().values
+
+
+class Entries(nn.Module):
+    """The places, and what can be done with values there. `persistent`: whether a file must hold the places."""
+
+    def __init__(self, n_out: int, n_in: int, count: int, device: torch.device, *, persistent: bool):
+        super().__init__()
+        self.n_out, self.n_in = n_out, n_in
+        self.register_buffer("places", torch.empty(2, count, dtype=torch.int32, device=device), persistent=persistent)
+        self._layout: tuple[Tensor, int, Layout] | None = None
+
+    @torch.no_grad()
+    def put(self, flat: Tensor) -> None:
+        """Set the places, each given as row · in + column."""
+        self.places.copy_(torch.stack([flat // self.n_in, flat % self.n_in]))
+
+    def flat(self) -> Tensor:
+        rows, columns = self.places.long()
+        return rows * self.n_in + columns
+
+    def check(self, name: str) -> None:
+        """Raise AdapterError if a place is outside of the matrix."""
+        rows, columns = self.places.long()
+        if bool(((rows < 0) | (rows >= self.n_out) | (columns < 0) | (columns >= self.n_in)).any()):
+            raise AdapterError(f"{name}: the file has entries outside of the layer's weight of {self.n_out}×{self.n_in}")
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The matrix [out, in]."""
+        return values.new_zeros(self.n_out * self.n_in).scatter_add(0, self.flat(), values).view(self.n_out, self.n_in)
+
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        """The matrix times x [..., out], in x's type."""
+        if x.device.type == "cpu":
+            wide = torch.promote_types(x.dtype, torch.float32)  # sparse products know no shorter type
+            y = Product.apply(x.reshape(-1, self.n_in).to(wide), values.to(wide), self.layout())
+            return y.reshape(*x.shape[:-1], self.n_out).to(x.dtype)
+        values = values.to(x.dtype)
+        if values.numel() > FEW * (self.n_out + self.n_in):
+            return nn.functional.linear(x, self.dense(values))
+        rows, columns = self.places.long()
+        picked = x.index_select(-1, columns) * values
+        return x.new_zeros(*x.shape[:-1], self.n_out).index_add(-1, rows, picked)
+
+    def layout(self) -> Layout:
+        """The places sorted by row and by column; found anew where they have changed."""
+        known = self._layout
+        if known is None or known[0] is not self.places or known[1] != self.places._version:
+            known = self._layout = (self.places, self.places._version, Layout.of(self.places, self.n_out, self.n_in))
+        return known[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places in compressed rows, for the matrix and for its transpose: where rows begin, columns, and which value each is."""
+
+    shape: tuple[int, int]
+    begins: Tensor
+    columns: Tensor
+    order: Tensor
+    begins_t: Tensor
+    columns_t: Tensor
+    order_t: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, n_out: int, n_in: int) -> Layout:
+        rows, columns = places.long()
+        order, order_t = (rows * n_in + columns).argsort(), (columns * n_out + rows).argsort()
+        return cls(
+            (n_out, n_in), _begins(rows, n_out), columns[order].int(), order, _begins(columns, n_in), rows[order_t].int(), order_t
+        )
+
+    def matrix(self, values: Tensor) -> Tensor:
+        return _compressed(self.begins, self.columns, values[self.order], self.shape)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        return _compressed(self.begins_t, self.columns_t, values[self.order_t], self.shape[::-1])
+
+
+def _times(S: Tensor, x: Tensor) -> Tensor:
+    """x Sᵀ [tokens, out] for S in compressed rows; without autocast, for its short types have no such product."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.mm(S, x.T).T
+
+
+def _begins(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows.new_zeros(1), torch.bincount(rows, minlength=count).cumsum(0)]).int()
+
+
+def _compressed(begins: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _hear_the_notice()
+    return torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _hear_the_notice() -> None:
+    """torch says once a process that these tensors are in beta state; users of an adapter need not read it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1), check_invariants=False)
+
+
+class Product(torch.autograd.Function):
+    """y = x Sᵀ for x [tokens, in]. The gradient of a value is one dot product over tokens, so no out×in tensor arises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.layout = layout
+        return _times(layout.matrix(values), x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        to_x = to_values = None
+        if ctx.needs_input_grad[0]:
+            to_x = _times(layout.transpose(values), gradient)
+        if ctx.needs_input_grad[1]:
+            sampled = torch.sparse.sampled_addmm(layout.matrix(torch.zeros_like(values)), gradient.T, x, beta=0.0)
+            to_values = torch.empty_like(values).index_copy_(0, layout.order, sampled.values())
+        return to_x, to_values, None
