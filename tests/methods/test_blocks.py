@@ -1,4 +1,4 @@
-"""MELoRA, GraLoRA, BD-LoRA, PRoLoRA and MoRA, held to PEFT and to the papers' equations written out entry by entry."""
+"""MELoRA, GraLoRA, BD-LoRA and PRoLoRA, held to PEFT and to the papers' equations written out entry by entry."""
 
 from __future__ import annotations
 
@@ -227,46 +227,6 @@ def test_proloras_chunk_starts_within_the_bound_of_the_whole_input():
     assert 0.9 * bound < delta.shared_A.abs().max() <= bound and 0.9 * bound < delta.unshared_A.abs().max() <= bound
 
 
-# ---------------------------------------------------------------- MoRA
-
-
-def filled(n_in, side):
-    """Place in the filled-up input -> input that stands there."""
-    return [place % n_in for place in range(math.ceil(n_in / side) * side)]
-
-
-@pytest.mark.parametrize(("n_in", "n_out", "rank", "side"), [(6, 8, 1, 4), (9, 5, 2, 5), (12, 30, 1, 6), (4, 60, 2, 11)])
-def test_mora_sharing_sums_the_chunks(n_in, n_out, rank, side):
-    model, delta = adapted("mora_sharing", n_in, n_out, rank=rank)
-    M = delta.mora.detach()
-    assert side == int(math.sqrt((n_in + n_out) * rank) + 0.5) and count(model) == side**2
-    expected = torch.zeros(n_out, n_in, dtype=torch.float64)
-    for o in range(n_out):
-        for place, i in enumerate(filled(n_in, side)):
-            expected[o, i] += M[o % side, place % side]
-    check_matrix(model, delta, expected, n_in, n_out)
-
-
-@pytest.mark.parametrize(("n_in", "n_out", "rank", "side"), [(6, 8, 1, 4), (9, 5, 2, 4), (12, 30, 1, 6), (4, 60, 2, 10)])
-def test_mora_rotates_each_chunk_by_its_place(n_in, n_out, rank, side):
-    model, delta = adapted("mora", n_in, n_out, rank=rank)
-    M, half = delta.mora.detach(), side // 2
-    assert side == int(math.sqrt((n_in + n_out) * rank) + 0.5) // 2 * 2 and count(model) == side**2
-    expected = torch.zeros(n_out, n_in, dtype=torch.float64)
-    chunks = math.ceil(n_in / side)
-    for o in range(n_out):
-        c, row = o % (chunks * side) // side, o % side
-        for place, i in enumerate(filled(n_in, side)):
-            if place // side != c:
-                continue
-            # where entry p of the chunk goes: p < half to cos at p and sin at p + half, the other half to -sin and cos
-            p = place % side
-            angle = c * 10_000.0 ** (-2 * (p % half) / side)
-            other, sign = (p + half, 1) if p < half else (p - half, -1)
-            expected[o, i] += M[row, p] * math.cos(angle) + sign * M[row, other] * math.sin(angle)
-    check_matrix(model, delta, expected, n_in, n_out)
-
-
 @pytest.mark.parametrize(
     ("method", "fields", "words"),
     [
@@ -276,7 +236,6 @@ def test_mora_rotates_each_chunk_by_its_place(n_in, n_out, rank, side):
         ("melora", {"svd": "full"}, r"svd has no effect"),
         ("gralora", {"rank": 3}, r"0: blocks is 2, which does not divide rank=3 and inputs=6 and outputs=8; 1 would"),
         ("prolora", {"rank": 2, "unshared": 2}, r"0: unshared is 2, and the rank 2; at most 1 fit"),
-        ("mora", {"rank_pattern": {"9": 2}}, r"rank_pattern: '9' matches none of the adapted modules"),
     ],
 )
 def test_what_does_not_suit_the_layer_is_refused_with_what_would(method, fields, words):

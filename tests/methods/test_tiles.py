@@ -1,6 +1,8 @@
-"""MiSS and C3A, held to PEFT and to the papers' equations written out entry by entry."""
+"""MoRA, MiSS and C3A, held to PEFT and to the papers' equations written out entry by entry."""
 
 from __future__ import annotations
+
+import math
 
 import peft
 import pytest
@@ -16,6 +18,46 @@ from tests.peft_twin import held_to_peft
 from tests.tiny import tiny_model
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
+
+
+# ---------------------------------------------------------------- MoRA
+
+
+def filled(n_in, side):
+    """Place in the filled-up input -> input that stands there."""
+    return [place % n_in for place in range(math.ceil(n_in / side) * side)]
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "rank", "side"), [(6, 8, 1, 4), (9, 5, 2, 5), (12, 30, 1, 6), (4, 60, 2, 11)])
+def test_mora_sharing_sums_the_chunks(n_in, n_out, rank, side):
+    model, delta = adapted("mora_sharing", n_in, n_out, rank=rank)
+    M = delta.mora.detach()
+    assert side == int(math.sqrt((n_in + n_out) * rank) + 0.5) and count(model) == side**2
+    expected = torch.zeros(n_out, n_in, dtype=torch.float64)
+    for o in range(n_out):
+        for place, i in enumerate(filled(n_in, side)):
+            expected[o, i] += M[o % side, place % side]
+    check_matrix(model, delta, expected, n_in, n_out)
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "rank", "side"), [(6, 8, 1, 4), (9, 5, 2, 4), (12, 30, 1, 6), (4, 60, 2, 10)])
+def test_mora_rotates_each_chunk_by_its_place(n_in, n_out, rank, side):
+    model, delta = adapted("mora", n_in, n_out, rank=rank)
+    M, half = delta.mora.detach(), side // 2
+    assert side == int(math.sqrt((n_in + n_out) * rank) + 0.5) // 2 * 2 and count(model) == side**2
+    expected = torch.zeros(n_out, n_in, dtype=torch.float64)
+    chunks = math.ceil(n_in / side)
+    for o in range(n_out):
+        c, row = o % (chunks * side) // side, o % side
+        for place, i in enumerate(filled(n_in, side)):
+            if place // side != c:
+                continue
+            # where entry p of the chunk goes: p < half to cos at p and sin at p + half, the other half to -sin and cos
+            p = place % side
+            angle = c * 10_000.0 ** (-2 * (p % half) / side)
+            other, sign = (p + half, 1) if p < half else (p - half, -1)
+            expected[o, i] += M[row, p] * math.cos(angle) + sign * M[row, other] * math.sin(angle)
+    check_matrix(model, delta, expected, n_in, n_out)
 
 
 # ---------------------------------------------------------------- MiSS
@@ -71,6 +113,7 @@ def test_bat_acts_on_each_block_of_the_weight():
         ("miss", {"rank": 7}, r"0: rank is 7, and this layer has 6 inputs .*; 6 is the most"),
         ("miss_bat", {"rank": 3}, r"0: rank is 3, which does not divide inputs=6 and outputs=8; 1, 2 would"),
         ("miss_mini", {"rank": 2, "mini_rank": 3}, r"0: mini_rank is 3, which does not divide outputs=8; 1, 2, 4, 8 would"),
+        ("mora", {"rank_pattern": {"9": 2}}, r"rank_pattern: '9' matches none of the adapted modules"),
         ("c3a", {"block_size": 4}, r"0: block_size is 4, which does not divide inputs=6 and outputs=8; 1, 2 would"),
         ("c3a", {"block_size_pattern": {"nowhere": 2}, "block_size": 2}, r"block_size_pattern: 'nowhere' matches none"),
     ],

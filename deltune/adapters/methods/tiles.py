@@ -1,4 +1,4 @@
-"""Changes that repeat a small matrix over the weight: MiSS (arXiv:2409.15371) and circulant blocks, C3A (arXiv:2407.19342).
+"""Changes that repeat a small matrix over the weight: MoRA, MiSS, and C3A with its circulant blocks.
 
 Legend: W is [out, in]; r is the rank, here the side of a tile; x is [..., in]; f counts frequencies.
 """
@@ -21,9 +21,23 @@ from deltune.adapters.ranked import check_patterns, rank_at, value_for
 from deltune.config.fields import option
 from deltune.errors import AdapterError
 
-DELTAS = {"miss": "MissConfig", "miss_bat": "MissBatConfig", "c3a": "C3aConfig"}
+DELTAS = {"mora": "MoraConfig", "miss": "MissConfig", "miss_bat": "MissBatConfig", "c3a": "C3aConfig"}
 
 METHODS = {
+    "mora": {
+        "choices": {"delta": "mora"},
+        "paper": "arXiv:2405.12130",
+        "formula": "ΔW x = the chunks of x, each turned by its place and multiplied by one M [r̂, r̂], side by side; r̂ ≈ √((in + out)·r), even",
+        "small": {"rank": 2},
+        "note": "No scale. The authors' type 6.",
+    },
+    "mora_sharing": {
+        "choices": {"delta": "mora", "form": "sharing"},
+        "paper": "arXiv:2405.12130",
+        "formula": "ΔW x = M times the sum of x's chunks, repeated over the outputs; M [r̂, r̂], r̂ ≈ √((in + out)·r)",
+        "small": {"rank": 2},
+        "note": "No scale. The authors' type 1.",
+    },
     "miss": {
         "choices": {"delta": "miss"},
         "paper": "arXiv:2409.15371",
@@ -54,11 +68,77 @@ METHODS = {
     },
 }
 
+RANK_PATTERN_HELP = "Regular expression over the end of a module name to its own rank; the first that matches counts."
+
+
+# ---------------------------------------------------------------- MoRA
+
+
+@dataclass(frozen=True)
+class MoraConfig(AdapterConfig):
+    """One square matrix in place of two thin ones (arXiv:2405.12130)."""
+
+    delta: str = option("mora", "Parametrisation of the change.", choices=("mora",))
+    rank: int = option(8, "Rank of the LoRA with as many parameters; the square matrix is about √((in + out)·rank) wide.", gt=0)
+    rank_pattern: dict[str, int] = option({}, RANK_PATTERN_HELP)
+    form: str = option("rope", "rope: each chunk of the input is rotated by its place and multiplied by itself; sharing: the chunks are summed first.", choices=("rope", "sharing"))
+
+    @staticmethod
+    def delta_class() -> type[Delta]:
+        return Mora
+
+
+def cyclic(x: Tensor, size: int) -> Tensor:
+    """The last dimension cut to a size, or gone through again and again until it is reached."""
+    whole, rest = divmod(size, x.shape[-1])
+    return x[..., :size] if whole == 0 else x if (whole, rest) == (1, 0) else torch.cat([x] * whole + [x[..., :rest]], dim=-1)
+
+
+class Mora(Delta):
+    """Legend: side = r̂ of M [r̂, r̂]; x is filled up with its own beginning to c chunks of r̂."""
+
+    BASE = 10_000.0  # of the rotation's frequencies
+
+    @classmethod
+    def check(cls, config: MoraConfig, names: Sequence[str]) -> None:
+        check_patterns(names, rank_pattern=config.rank_pattern)
+
+    def build(self) -> None:
+        rank = rank_at(self.site, self.config.rank_pattern, self.config.rank)
+        side = int(((self.site.n_in + self.site.n_out) * rank) ** 0.5 + 0.5)
+        self.side = side // 2 * 2 if self.config.form == "rope" else side
+        if self.side == 0:
+            raise AdapterError(f"{self.site.name}: form=rope needs a square matrix at least 2 wide; the layer is too small for rank {rank}")
+        self.mora = nn.Parameter(torch.empty(self.side, self.side, **self.storage))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.mora.zero_()
+
+    def rotated(self, chunks: Tensor) -> Tensor:
+        """Chunk c [..., c, r̂] turned by the angles c·10000^(−2i/r̂), entry i with entry i + r̂/2."""
+        wide = torch.promote_types(chunks.dtype, torch.float32)
+        count, half = chunks.shape[-2], self.side // 2
+        frequencies = self.BASE ** (-torch.arange(half, dtype=wide, device=chunks.device) / half)
+        angles = torch.arange(count, dtype=wide, device=chunks.device).unsqueeze(1) * frequencies  # [c, r̂/2]
+        cos, sin = angles.cos().to(chunks.dtype), angles.sin().to(chunks.dtype)
+        one, two = chunks.split(half, dim=-1)
+        return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        count = -(-self.site.n_in // self.side)
+        chunks = cyclic(x, count * self.side).unflatten(-1, (count, self.side))
+        if self.config.form == "sharing":
+            return cyclic(F.linear(chunks.sum(-2), self.mora.to(x.dtype)), self.site.n_out)
+        return cyclic(F.linear(self.rotated(chunks), self.mora.to(x.dtype)).flatten(-2), self.site.n_out)
+
+    def delta(self, W: Tensor | None) -> Tensor:
+        # linear in x, so the matrix is what it makes of the unit vectors
+        return self.out(torch.eye(self.site.n_in, dtype=self.mora.dtype, device=self.mora.device), None).T
+
 
 # ---------------------------------------------------------------- MiSS
 
-
-RANK_PATTERN_HELP = "Regular expression over the end of a module name to its own rank; the first that matches counts."
 
 
 @dataclass(frozen=True)
