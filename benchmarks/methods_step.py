@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods_step [--rounds 5] [--only lora dora] [--dtype float32] [--out benchmarks/results/methods_step.json]
 
-A 12-layer random Llama of about 25M parameters, 4 rows of 128 tokens, one thread, rank 16 where a method has a rank,
+A 12-layer random Llama of about 45M parameters, 4 rows of 128 tokens, one thread, rank 16 where a method has a rank,
 else its own defaults. A step is forward, backward and AdamW on what the method trains. Time is the process's CPU time,
 so that other work on the machine counts for little; the ratio is the median over rounds of (method / LoRA of the same
 round). Memory is the peak of what one step allocates beyond what stood before it, and what it holds for the backward pass.
@@ -34,8 +34,8 @@ def make_model(dtype: torch.dtype) -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0,
+        vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0,
     )
     return LlamaForCausalLM(config).to(dtype).train()
 
@@ -45,7 +45,9 @@ def config_of(method: str) -> Any:
 
     config = named(method)
     names = {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, rank=RANK) if "rank" in names else config
+    # a Llama has no biases of its own, so BitFit gives one to every layer
+    changes = {**({"rank": RANK} if "rank" in names else {}), **({"targets": "all-layers", "add": True} if method == "bitfit" else {})}
+    return dataclasses.replace(config, **changes)
 
 
 class Candidate:
@@ -183,7 +185,7 @@ def main() -> None:
     rows = measure(methods, options.rounds, getattr(torch, options.dtype))
     result = {
         "setting": {
-            "dtype": options.dtype, "rank": RANK, "rows": ROWS, "length": LENGTH, "layers": 12, "hidden": 384, "threads": 1,
+            "dtype": options.dtype, "rank": RANK, "rows": ROWS, "length": LENGTH, "layers": 12, "hidden": 512, "threads": 1,
             "rounds": options.rounds, "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
         },
         "methods": rows,

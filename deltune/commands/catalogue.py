@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,8 @@ def _row(method: Method, cost: dict[str, float] | None, llama: Any) -> str:
 
     config = named(method.name)
     delta = config.delta_class()
+    if config.targets == "all-biases":  # a Llama has none of its own, so this gives one to every layer
+        config = dataclasses.replace(config, targets="all-layers", add=True)
     attach(llama, config)
     trained = sum(parameter.numel() for parameter in trainable(llama).values())
     reads = "each step" if delta.reads_base or config.magnitude else "start" if _start_reads(llama) else "–"
@@ -141,8 +144,6 @@ def _composing() -> str:
 
 
 def _choices(cls: type, key: str) -> str:
-    import dataclasses
-
     field = next((field for field in dataclasses.fields(cls) if field.name == key), None)
     return ", ".join(f"`{choice}`" for choice in field.metadata["choices"]) if field else "–"
 
