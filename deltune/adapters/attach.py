@@ -75,7 +75,7 @@ def begin(prepared: Prepared, seed: int | str) -> None:
         if delta.site.device.type != "meta":
             delta.reset(generator_for(place, seed))
             if delta.starts_from_base:
-                delta.start(weight_of(prepared.places[place]), generator_for(f"{place}.start", seed))
+                delta.start(looked_at(prepared.places[place], delta), generator_for(f"{place}.start", seed))
             if type(delta).start_bias is not Delta.start_bias and delta.site.has_bias:
                 delta.start_bias(bias_of(prepared.places[place]))
 
@@ -87,6 +87,12 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = _own(module, "weight")
     with gathered(weight):
         return weights.float_view(out_in(original(module), weight))
+
+
+def looked_at(module: nn.Module, delta: Delta) -> Tensor:
+    """What a delta's start looks at: W [out, in], or [W, b] if it says so and the layer has a bias."""
+    W = weight_of(module)
+    return torch.cat([W, bias_of(module).to(W).unsqueeze(1)], dim=1) if delta.bias_column and delta.site.has_bias else W
 
 
 def bias_of(module: nn.Module) -> Tensor:

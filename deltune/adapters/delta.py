@@ -57,6 +57,7 @@ class PeftFormat:
     fits: Callable[[Any], bool] = always  # whether PEFT's fields can say this config; else the file is of our own type
     lacks: frozenset[str] = frozenset()  # of the fields of every method, those that PEFT's config of this one does not have
     told: Callable[[Mapping[str, Any]], bool] | None = None  # of several with one peft_type: whether fields are this one's
+    idle: tuple[str, ...] = ()  # leaves of PEFT's files that are zeros and say nothing
     # a layer's tensors in a file of PEFT's, by leaf -> those that ours would hold: (fields, delta, tensors, a call that gives W)
     complete: Callable[[Mapping[str, Any], Delta, Mapping[str, Tensor], Callable[[], Tensor]], Mapping[str, Tensor]] | None = None
 
@@ -79,6 +80,7 @@ class Delta(nn.Module):
     takes_dropout: ClassVar[bool] = True  # there is an input to drop from; else the config may not ask for it
     follows_ties: ClassVar[bool] = False  # it goes on every layer that holds the same weight, see `Site.tied_to`
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that the start wants
+    bias_column: ClassVar[bool] = False  # `start` is handed [W, b] where the layer has a bias
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
     repeats: ClassVar[Mapping[str, str]] = {}  # tensors of a bank that PEFT writes in every layer too: leaf there -> the bank's
     named_alone: ClassVar[bool] = False  # the names of its tensors in the file are whole, without the layer's

@@ -27,6 +27,12 @@ def magnitude_goes_around_sums(config: AdapterConfig, delta: type[Delta]) -> str
     return None
 
 
+def magnitude_leaves_the_bias(config: AdapterConfig, delta: type[Delta]) -> str | None:
+    if config.magnitude and delta.additive and delta.bias_delta is not Delta.bias_delta:
+        return f"magnitude cannot go around {config.delta}, which changes the bias too: magnitude scales rows of W + ΔW and leaves the bias as it is"
+    return None
+
+
 def layers_that_share_have_one_rank(config: AdapterConfig, delta: type[Delta]) -> str | None:
     if isinstance(config, RankedConfig) and config.rank_pattern and delta.banks(config):
         return f"rank_pattern cannot go with {config.delta}: its layers share tensors, and those have one rank"
@@ -84,6 +90,7 @@ RULES: tuple[Rule, ...] = (
     dropout_needs_an_input,
     magnitude_needs_a_matrix,
     magnitude_goes_around_sums,
+    magnitude_leaves_the_bias,
     layers_that_share_have_one_rank,
 )
 

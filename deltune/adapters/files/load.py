@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.adapters.attach import Prepared, install, prepare, weight_of
+from deltune.adapters.attach import Prepared, install, looked_at, prepare
 from deltune.adapters.config import ADAPTERS, AdapterConfig, OverTime, complaint
 from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
 from deltune.adapters.files.peft import (
@@ -155,12 +155,13 @@ def storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 @torch.no_grad()
 def _completed(prepared: Prepared, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors with what its method can work out from the base and does not store."""
-    complete = format_of(fields)[1].complete
-    whole = dict(tensors)
+    form = format_of(fields)[1]
+    complete = form.complete
+    whole = {key: tensor for key, tensor in tensors.items() if not (key.endswith(form.idle) and not tensor.any())}
     for place, delta in prepared.deltas.items() if complete else ():
         head = f"{PREFIX}{place}."
         own = {leaf: tensors[head + leaf] for leaf in delta.to_file() if head + leaf in tensors}
-        found = complete(fields, delta, own, functools.partial(weight_of, prepared.places[place]))
+        found = complete(fields, delta, own, functools.partial(looked_at, prepared.places[place], delta))
         whole.update({head + leaf: tensor for leaf, tensor in found.items()})
     return whole
 
