@@ -198,14 +198,16 @@ class Loran(Entrywise):
 
     def value(self, Z: Tensor) -> Tensor:
         rho = F.relu(Z) if self.config.wave == "relu" else Z
-        return (Z + self.config.amp * rho * torch.sin(self.config.freq * Z)) * self.scale
+        return torch.addcmul(Z, rho, torch.sin(self.config.freq * Z), value=self.config.amp) * self.scale
 
     def slope(self, Z: Tensor) -> Tensor:
         amp, freq = self.config.amp, self.config.freq
-        sine = torch.sin(freq * Z)
+        angle = freq * Z
+        # d(z·sin(freq·z)) = sin(freq·z) + freq·z·cos(freq·z), where ρ is not flat
+        wave = torch.addcmul(torch.sin(angle), angle, torch.cos(angle))
         if self.config.wave == "relu":
-            return (1 + amp * ((Z > 0) * sine + F.relu(Z) * freq * torch.cos(freq * Z))) * self.scale
-        return (1 + amp * (sine + Z * freq * torch.cos(freq * Z))) * self.scale
+            wave = wave * (Z > 0)
+        return wave.mul_(amp * self.scale).add_(self.scale)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         if self.config.on == "weight":
