@@ -260,8 +260,9 @@ class VbLora(Delta):
     def _pieces(self, logits: Tensor) -> Tensor:
         """[.., .., h] -> [.., .., b]"""
         likeliest, places = logits.topk(self.config.topk, dim=-1)
-        chosen = F.embedding(places, self.vectors.vblora_vector_bank)  # [.., .., k, b]
-        return (torch.softmax(likeliest, dim=-1).unsqueeze(-2) @ chosen).squeeze(-2)
+        weights = torch.softmax(likeliest, dim=-1).flatten(0, 1)
+        pieces = F.embedding_bag(places.flatten(0, 1), self.vectors.vblora_vector_bank, mode="sum", per_sample_weights=weights)
+        return pieces.unflatten(0, logits.shape[:2])
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         A = self._pieces(self.vblora_logits_A).flatten(1)  # [r, in]
