@@ -61,6 +61,13 @@ class Entries(nn.Module):
         self.register_buffer("places", torch.empty(2, count, dtype=torch.int32, device=device), persistent=persistent)
         self._layout: tuple[Tensor, int, Layout] | None = None
 
+    @classmethod
+    def at(cls, flat: Tensor, n_out: int, n_in: int, device: torch.device) -> Entries:
+        """Entries that need not be saved, at these places."""
+        entries = cls(n_out, n_in, len(flat), device, persistent=False)
+        entries.put(flat)
+        return entries
+
     @torch.no_grad()
     def put(self, flat: Tensor) -> None:
         """Set the places, each given as row · in + column."""
@@ -97,7 +104,8 @@ class Entries(nn.Module):
         """The places sorted by row and by column; found anew where they have changed."""
         known = self._layout
         if known is None or known[0] is not self.places or known[1] != self.places._version:
-            known = self._layout = (self.places, self.places._version, Layout.of(self.places, self.n_out, self.n_in))
+            with torch.inference_mode(False):  # training may come after an evaluation
+                known = self._layout = (self.places, self.places._version, Layout.of(self.places, self.n_out, self.n_in))
         return known[2]
 
 

@@ -39,7 +39,7 @@ def test_rows_of_an_untied_head_do_not_go_into_a_tied_model(tmp_path):
     model = attach(tiny_model(), named("trainable_tokens", token_indices=TOKENS, targets=["embed_tokens", "lm_head"]))
     assert len(trainable(model)) == 2
     save_adapter(shaken(model), tmp_path)
-    with pytest.raises(AdapterError, match="lm_head: its rows differ from those of model.embed_tokens"):
+    with pytest.raises(AdapterError, match=r"lm_head: its rows differ from those of model.embed_tokens"):
         load_adapter(tied(), tmp_path, any_base=True)
 
 

@@ -56,7 +56,7 @@ def test_shira_is_values_at_as_many_entries_as_lora_has(mask, tmp_path):
     model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 14)).double()
     shaken(attach(model, named("shira", targets=["0", "1"], rank=2, mask=mask, dtype="auto")))
     assert sum(p.numel() for p in trainable(model).values()) == 2 * (12 + 9) + 2 * (9 + 14)
-    for place, wrapper in wrappers(model):
+    for _place, wrapper in wrappers(model):
         delta, W = wrapper.adapters["default"], wrapper.base_layer.weight
         n_out, n_in = W.shape
         expected = torch.zeros(n_out, n_in, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_shira_is_values_at_as_many_entries_as_lora_has(mask, tmp_path):
 @pytest.mark.parametrize(("n_out", "n_in", "count"), [(5, 5, 10), (4, 9, 26), (9, 4, 26), (6, 7, 42), (9, 2, 18), (3, 8, 11)])
 def test_struct_gives_exactly_as_many_entries_as_it_should(n_out, n_in, count):
     found = structured(n_out, n_in, count).tolist()
-    assert len(set(found)) == count and 0 <= min(found) and max(found) < n_out * n_in
+    assert len(set(found)) == count and min(found) >= 0 and max(found) < n_out * n_in
 
 
 @pytest.mark.parametrize("select", ["top", "bottom"])
@@ -174,7 +174,7 @@ def test_the_layout_follows_places_that_are_written_anew():
 def test_draws_are_distinct_in_range_and_pefts():
     for total, count in ((10, 10), (1000, 30), (50, 20)):
         found = scattered(total, count, torch.Generator().manual_seed(1))
-        assert len(set(found.tolist())) == count and 0 <= found.min() and found.max() < total
+        assert len(set(found.tolist())) == count and found.min() >= 0 and found.max() < total
     assert torch.equal(permuted(100, 7, 3), torch.randperm(100, generator=torch.Generator().manual_seed(3))[:7])
 
 
