@@ -217,3 +217,16 @@ def test_what_is_only_roughly_a_matrix_is_not_taken_for_one():
     with pytest.raises(AdapterError, match="cannot be merged"):  # DoRA would measure the norms of the wrong weight
         model(rows())
     attach(attach(model_of(), named("aurora", mode="static", dtype="auto")), named("dora", rank=2, dtype="auto"), name="second")(rows())
+
+
+def test_sinelora_with_magnitude_measures_and_applies_one_and_the_same_sine():
+    model = model_of()
+    W = model[0].weight.detach().clone()
+    attach(model, named("sinelora", rank=RANK, alpha=6, omega=30.0, magnitude=True, dtype="auto"))
+    delta = model[0].adapters["default"]
+    with torch.no_grad():
+        delta.inner.lora_B.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        delta.magnitude.add_(0.5)
+    whole = W + entrywise(lambda z: 3 * math.sin(30 * z) / math.sqrt(N_IN), product(delta.inner))
+    expected = (delta.magnitude.detach() / whole.norm(dim=1)).unsqueeze(1) * whole
+    assert (model(rows()) - (rows() @ expected.T + model[0].bias)).abs().max() < 1e-9
