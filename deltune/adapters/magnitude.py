@@ -7,6 +7,7 @@ of the paper). At its start m is that norm, so the function is unchanged.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,29 @@ from deltune.adapters.delta import Base, Delta
 from deltune.adapters.layers import Site
 
 LEAF = "lora_magnitude_vector"  # PEFT's name for m
+
+
+class Stretched(torch.autograd.Function):
+    """h + d ⊙ (h - bias) for h [..., out], d = gain - 1 [out]: one pass over h forward, and h is all that it keeps.
+
+    The difference from 1 is what is rounded to h's type, so a gain that is next to 1 counts in a short type too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h, d, bias)
+        short = d.to(h.dtype)
+        y = torch.addcmul(h, h, short)
+        return y if bias is None else y.sub_(bias.to(h.dtype) * short)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        h, d, bias = ctx.saved_tensors
+        before = tuple(range(g.ndim - 1))
+        grad_d = (g * h).sum(before, dtype=d.dtype) if before else (g * h).to(d.dtype)
+        if bias is not None:
+            grad_d = grad_d - bias.to(d.dtype) * (g.sum(before, dtype=d.dtype) if before else g.to(d.dtype))
+        return torch.addcmul(g, g, d.to(g.dtype)), grad_d, None
 
 
 class Magnitude(Delta):
@@ -74,12 +98,9 @@ class Magnitude(Delta):
         y = base(x)
         (W, squares), bias = base.stored(), base.bias()
         # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
-        gain = (self.magnitude / self.norms(W, squares).to(self.magnitude.dtype)).to(y.dtype)
+        gain = self.magnitude / self.norms(W, squares).to(self.magnitude.dtype)
         out = self.inner.out(base.drop(x), base.weight() if self.inner.reads_base else None).to(y.dtype)
-        if bias is None:
-            return (y + out) * gain
-        # gain · (y - bias + out) + bias, and y itself where gain is 1 and out is 0
-        return torch.addcmul(bias.to(y.dtype) * (1 - gain), y + out, gain)
+        return Stretched.apply(y + out, gain - 1, bias)
 
     def delta(self, W: Tensor) -> Tensor:
         whole = W + self.inner.delta(W)
