@@ -35,7 +35,7 @@ METHODS = {
         "choices": {"delta": "pvera"},
         "paper": "arXiv:2512.07703",
         "formula": "Δy = b ⊙ B(μ + ε ⊙ exp(½ log v)), (μ, log v) = the halves of d ⊙ Ax; ε is drawn in training, 0 otherwise",
-        "small": {"rank": 3},
+        "small": {"rank": 12},
         "note": "The noise comes from torch's global generator, whose state a checkpoint holds. A merged weight has ε = 0. The published code has no KL term, and neither has this.",
     },
     "tied_lora": {
