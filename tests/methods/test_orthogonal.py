@@ -15,6 +15,7 @@ from torch import nn
 from deltune.adapters.attach import attach, merge, trainable
 from deltune.adapters.config import named
 from deltune.adapters.files import load_adapter, save_adapter
+from deltune.adapters.methods import orthogonal
 from deltune.errors import AdapterError
 from tests.peft_twin import held_to_peft, ids, save_peft, with_peft
 from tests.tiny import tiny_model
@@ -187,7 +188,9 @@ def butterfly(n, b, i):
 
 
 @pytest.mark.parametrize("factors", [1, 2, 3])
-def test_boft_is_a_product_of_butterflies_without_any_extension(factors):
+@pytest.mark.parametrize("segment", [orthogonal.SEGMENT, 1], ids=["multiplied first", "one by one"])
+def test_boft_is_a_product_of_butterflies_without_any_extension(factors, segment, monkeypatch):
+    monkeypatch.setattr(orthogonal, "SEGMENT", segment)
     n, b = 16, 4
     model, W, bias, delta = adapted("boft", factors=factors)
     R = delta.boft_R.detach()

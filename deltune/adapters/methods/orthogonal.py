@@ -1,4 +1,4 @@
-"""Rotations of a layer's input: OFT (arXiv:2306.07280, 2506.19847), BOFT (arXiv:2311.06243) and HRA (arXiv:2405.17484).
+"""Rotations of a layer's input in blocks: OFT (arXiv:2306.07280, 2506.19847) and BOFT (arXiv:2311.06243).
 
 Legend: W' = diag(s)·W·R with R orthogonal, so y = W (R x): the input is turned, and W is needed only for merging. A block
 is [b, b] and there are n of them, n·b = in. What is computed is R − I, zero at the start whatever the number type. Q is
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.adapters import draw
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.config.fields import option
 from deltune.errors import AdapterError
 
-DELTAS = {"oft": "OftConfig", "boft": "BoftConfig", "hra": "HraConfig"}
+DELTAS = {"oft": "OftConfig", "boft": "BoftConfig"}
 
 METHODS = {
     "oft": {
@@ -52,19 +51,6 @@ METHODS = {
         "formula": "W' = diag(s)·W·Rᵀ, R = Π_m P_m blockdiag(Cayley(Q_m)) P_mᵀ (butterfly)",
         "small": {"factors": 2},
         "note": "More than one factor needs no extension here; PEFT without its CUDA extension reads such a file with one factor.",
-    },
-    "hra": {
-        "choices": {"delta": "hra"},
-        "paper": "arXiv:2405.17484",
-        "formula": "W' = W·Π_i (I − 2u_i u_iᵀ), u_i of length 1, pairs of equals at the start",
-        "small": {"rank": 4},
-    },
-    "hra_gs": {
-        "choices": {"delta": "hra", "gram_schmidt": True},
-        "paper": "arXiv:2405.17484",
-        "formula": "W' = W·(I − 2QQᵀ)(I − 2Q₀Q₀ᵀ), Q = Gram-Schmidt(u)",
-        "small": {"rank": 4},
-        "note": "The paper's orthogonal reflections can neither be pairs of equals (0/0 in public code) nor leave the layer unchanged, so the start is undone by a frozen reflection; exact_start=false is the paper.",
     },
 }
 
@@ -109,21 +95,10 @@ class BoftConfig(BlocksConfig):
         return Boft
 
 
-@dataclass(frozen=True)
-class HraConfig(AdapterConfig):
-    """Householder reflections (arXiv:2405.17484)."""
-
-    delta: str = option("hra", "Parametrisation of the change.", choices=("hra",))
-    rank: int = option(8, "Number of reflections; even, for they start as pairs that undo each other.", gt=0)
-    gram_schmidt: bool = option(False, "Make the reflections orthogonal to each other.")
-    exact_start: bool = option(True, "With gram_schmidt: undo the start by a frozen reflection, so that nothing changes.")
-
-    @staticmethod
-    def delta_class() -> type[Delta]:
-        return Hra
-
-
 # ---------------------------------------------------------------- skew matrices and blocks
+
+WIDE = 32  # blocks narrower than this are multiplied several at once
+SEGMENT = 1024  # butterflies that stay within so many inputs are multiplied with each other before they meet the input
 
 
 @functools.cache
@@ -162,8 +137,17 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
     return found
 
 
+def wider(D: Tensor) -> Tensor:
+    """The same block-diagonal matrix in fewer and wider blocks, for products of very small ones are slow."""
+    n, b, _ = D.shape
+    together = max(g for g in range(1, max(1, WIDE // b) + 1) if n % g == 0)
+    eye = torch.eye(together, dtype=D.dtype, device=D.device)
+    return (D.view(-1, together, b, 1, b) * eye.view(1, together, 1, together, 1)).reshape(-1, together * b, together * b)
+
+
 def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
     """x + x·blockdiag(D) [..., in] for D [n, b, b], or [1, b, b] for the same in every block."""
+    D = wider(D) if D.shape[0] > 1 else D
     n, b, _ = D.shape
     if n == 1:
         z = x.reshape(-1, b)
@@ -375,121 +359,25 @@ class Boft(Blocks):
         return turned.view(-1, 2**i, 2, self.size // 2).transpose(1, 2).reshape(x.shape)
 
     def turned(self, x: Tensor) -> Tensor:
-        D = self.rotations()
-        for i in reversed(range(len(D))):
-            x = self.factor(x, self.without_some(D[i]), i)
-        return x
+        return self.through(x, [self.without_some(D) for D in self.rotations()], back=False)
 
     def turned_back(self, x: Tensor) -> Tensor:
-        for i, D in enumerate(self.rotations()):
-            x = self.factor(x, D.mT, i)
-        return x
+        return self.through(x, [D.mT for D in self.rotations()], back=True)
+
+    def through(self, x: Tensor, factors: list[Tensor], *, back: bool) -> Tensor:
+        """Rows of x through all factors, the last one first, or in order on the way back."""
+        order = list(enumerate(factors)) if back else list(reversed(list(enumerate(factors))))
+        segment = self.size * 2 ** (len(factors) - 1)  # no factor reaches farther
+        if len(factors) == 1 or segment > SEGMENT:
+            for i, D in order:
+                x = self.factor(x, D, i)
+            return x
+        eye = torch.eye(segment, dtype=factors[0].dtype, device=x.device).repeat(1, self.site.n_in // segment)
+        whole = eye  # [segment, in]: row j is what becomes of the j-th input of each segment
+        with full_precision(whole):
+            for i, D in order:
+                whole = self.factor(whole, D, i)
+        return turn_blocks(x, (whole - eye).view(segment, -1, segment).transpose(0, 1))
 
     def strength(self) -> Tensor | None:
         return self.boft_s.squeeze(1)
-
-
-# ---------------------------------------------------------------- HRA
-
-
-def _hra_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rank": fields.get("r", 8), "gram_schmidt": bool(fields.get("apply_GS")), "exact_start": not fields.get("apply_GS")}
-
-
-class Hra(Delta):
-    """Reflections of the input, never formed as a matrix: two products with [in, rank] and one [rank, rank] solve.
-
-    A pair of reflections with u and v = u + d is I + [u d] K [u d]ᵀ with K = [[−2δ, 2 − 2δ], [−2, −2]], δ = ‖d‖²: nothing
-    at all for d = 0, in any arithmetic. Pairs after one another make I + P S Pᵀ with S = (I − K G)⁻¹K, G the part of
-    PᵀP above its 2×2 blocks (the compact WY form).
-    """
-
-    additive = False
-    peft = PeftFormat(
-        type="HRA",
-        write=lambda config: {"r": config.rank, "apply_GS": config.gram_schmidt, "init_weights": True},
-        read=_hra_from_peft,
-        fields=frozenset({"r", "apply_GS", "init_weights"}),
-        fits=lambda config: config.exact_start != config.gram_schmidt,
-    )
-
-    def build(self) -> None:
-        rank, n = self.config.rank, self.site.n_in
-        if self.config.gram_schmidt and rank > n:
-            raise AdapterError(f"{self.site.name}: {rank} reflections cannot be orthogonal to each other in {n} inputs; rank may be {n} at most")
-        self.hra_u = nn.Parameter(torch.empty(n, rank, **self.storage))
-        self.undoes = self.config.gram_schmidt and self.config.exact_start
-        if self.undoes:
-            self.register_buffer("hra_start", torch.empty(n, rank, **self.storage))
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        n, rank = self.hra_u.shape
-        if self.config.gram_schmidt:
-            self.hra_u.copy_(draw.kaiming((n, rank), generator))
-            if self.undoes:
-                self.hra_start.copy_(self.hra_u)
-            return
-        if rank % 2:
-            raise AdapterError(f"rank {rank} is odd: reflections start as pairs that undo each other, so {rank + 1} or {rank - 1}")
-        self.hra_u.copy_(draw.kaiming((n, rank // 2), generator).repeat_interleave(2, dim=1))
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """P [in, 2·pairs] and S [2·pairs, 2·pairs] with Π(I − 2uuᵀ) = I + P S Pᵀ."""
-        U = unit_columns(self.hra_u)
-        count = U.shape[1] // 2
-        u, d = U[:, 0::2], U[:, 1::2] - U[:, 0 : 2 * count : 2]
-        size = (d * d).sum(dim=0)  # δ
-        K = torch.stack([-2 * size, 2 - 2 * size, -2 + 0 * size, -2 + 0 * size], dim=-1).view(-1, 2, 2)
-        if U.shape[1] % 2:  # one that has no pair: I − 2uuᵀ
-            d = torch.cat([d, torch.zeros_like(d[:, :1]) if count else torch.zeros_like(u)], dim=1)
-            K = torch.cat([K, K.new_tensor([[[-2.0, 0.0], [0.0, 0.0]]])])
-        P = torch.stack([u, d], dim=-1).flatten(1)
-        places = torch.arange(P.shape[1], device=P.device) // 2
-        K = torch.block_diag(*K)
-        eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
-        with full_precision(P):
-            G = (P.mT @ P) * (places.unsqueeze(1) < places)
-            return P, torch.linalg.solve_triangular(eye - K @ G, K, upper=True, unitriangular=True)
-
-    def change(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """(R − I) x for each row of x, or (Rᵀ − I) x, where W' = W·R."""
-        if not self.config.gram_schmidt:
-            P, S = self.pairs()
-            return x @ P.to(x.dtype) @ (S if back else S.mT).to(x.dtype) @ P.mT.to(x.dtype)
-        now = projection(self.hra_u)
-        if not self.undoes:
-            return -2 * _project(x, now)
-        first = projection(self.hra_start)
-        if back:
-            moved = _project(x, now) - _project(x, first)
-            return -2 * (moved - 2 * _project(moved, first))
-        reflected = x - 2 * _project(x, first)
-        return -2 * (_project(reflected, now) - _project(reflected, first))
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base(x + self.change(base.drop(x)))
-
-    def delta(self, W: Tensor) -> Tensor:
-        return self.change(W, back=True)
-
-
-def unit_columns(U: Tensor) -> Tensor:
-    U = U.to(torch.promote_types(U.dtype, torch.float32))
-    return U / torch.linalg.vector_norm(U, dim=0)
-
-
-def projection(U: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, (UᵀU)⁻¹Uᵀ): onto the span of U, which is what Gram-Schmidt's vectors span.
-
-    A column that depends on others adds nothing, and nothing is divided by zero.
-    """
-    U = unit_columns(U)
-    with full_precision(U):
-        gram = U.mT @ U + 8 * torch.finfo(U.dtype).eps * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        return U, torch.linalg.solve(gram, U.mT)
-
-
-def _project(x: Tensor, onto: tuple[Tensor, Tensor]) -> Tensor:
-    left, right = onto
-    return x @ left.to(x.dtype) @ right.to(x.dtype)
