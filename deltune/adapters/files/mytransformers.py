@@ -9,7 +9,6 @@ the `config.json` that its trainer leaves beside it, or has to be said. With the
 from __future__ import annotations
 
 import json
-import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever foreign bytes make of it
         first = str(error).partition("\n")[0]
         raise AdapterError(f"{path}: not a checkpoint of plain tensors, which is all that is read: {first}") from None
     content = content.get("model_state_dict", content) if isinstance(content, dict) else content
