@@ -25,8 +25,9 @@ from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.methods.lora import LoraConfig
 from deltune.adapters.wrapper import BESIDE, wrappers
 from deltune.errors import AdapterError
+from deltune.models.generation import GenerateOptions, context_window, generate
 from deltune.training.loss import causal_lm_step
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ALL = [name for name in sorted(METHODS) if named(name).delta_class().kinds == ("model",)]
 methods = pytest.mark.parametrize("method", ALL)
@@ -420,6 +421,10 @@ def test_gradients_with_recomputed_activations_are_the_same_or_refused(method):
     if method == "prefix_tuning":
         with pytest.raises(AdapterError, match="recomputed"):
             gradients(True)
+        model = model_of()
+        model.activation_checkpointing_enable()
+        with pytest.raises(AdapterError, match="recomputed"):
+            attach(model, config_of(method))
     else:
         found, expected = gradients(True), gradients(False)
         assert all(torch.allclose(found[name], expected[name], rtol=1e-10) for name in expected)
@@ -464,6 +469,23 @@ def test_learned_positions_are_shifted(method):
     assert far(left, whole) < 1e-12
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(IDS, **settings), model.generate(IDS, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_a_prompt_takes_room_from_the_window(method):
+    ids = torch.arange(64)[None]
+    model = gpt2()
+    assert context_window(model) == 64
+    attach(model, config_of(method))
+    assert context_window(model) == 61
+    answer(model, ids[:, :61])
+    for asked in (62, 64):
+        with pytest.raises(AdapterError, match=rf"text of {asked} tokens are more than the model's window of 64.*at most 61"):
+            answer(model, ids[:, :asked])
+    found = generate(model, tiny_tokenizer(), [list(range(55))], GenerateOptions(max_new_tokens=20))[0]
+    assert found.stopped_by == "context" and len(found.ids) == 6
+    with disabled(model):
+        assert context_window(model) == 64
 
 
 @methods

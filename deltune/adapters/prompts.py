@@ -42,9 +42,11 @@ class Prompted(Beside):
         refuse_what_cannot_be_extended(given)
         num_soft, num_prefix = self.num_soft, self.num_prefix
         cache = given.get("past_key_values")
-        first = cache is None or cache.get_seq_length() == 0
+        past = 0 if cache is None else cache.get_seq_length()
+        first = past == 0
         embeds = given.get("inputs_embeds")
         batch, seq = (given["input_ids"] if embeds is None else embeds).shape[:2]
+        refuse_what_has_no_room(host, seq if first else past - num_soft - num_prefix + seq, num_soft + num_prefix)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
             if positions is None and "position_ids" in parameters:
@@ -65,6 +67,11 @@ class Prompted(Beside):
         return (), given
 
     @property
+    def num_positions_taken(self) -> int:
+        """Positions of the model's window that are not the caller's; `models.generation` asks."""
+        return self.num_soft + self.num_prefix
+
+    @property
     def num_soft(self) -> int:
         return sum(self.adapters[name].num_soft for name in self.running)
 
@@ -80,11 +87,8 @@ class Prompted(Beside):
         """The cache that was given, empty, or a new one, with the prefix in it."""
         from transformers import DynamicCache
 
-        if host.training and any(layer.gradient_checkpointing for layer in host.modules() if hasattr(layer, "gradient_checkpointing")):
-            raise AdapterError(
-                "a prefix lives in the cache, and recomputed layers are not given one, so it would have no effect in "
-                "training. What fits: model.gradient_checkpointing=false, or a method whose prompt is at the input"
-            )
+        if host.training:
+            refuse_recomputing(host)
         cache = DynamicCache(config=host.config) if cache is None else cache
         prefix = torch.cat([self.dropped(name, self.adapters[name].prefix()) for name in self.running if self.adapters[name].num_prefix], dim=3)
         kind = prefix.device.type  # in autocast the layers' keys and values are of its type
@@ -112,6 +116,27 @@ class Prompted(Beside):
         then. No state is kept between the two hooks, so nothing is left over from a forward that failed."""
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         return embeds is not None and (cache is None or cache.get_seq_length() == self.num_prefix + embeds.shape[1])
+
+
+def refuse_recomputing(host: nn.Module) -> None:
+    """AdapterError if layers are recomputed in the backward pass: transformers then takes the cache from them."""
+    if any(layer.gradient_checkpointing for layer in host.modules() if hasattr(layer, "gradient_checkpointing")):
+        raise AdapterError(
+            "a prefix lives in the cache, and recomputed layers are not given one, so it would have no effect in training. "
+            "What fits: model.gradient_checkpointing=false, or a method whose prompt is at the input"
+        )
+
+
+def refuse_what_has_no_room(host: Any, num_text: int, num_own: int) -> None:
+    """AdapterError where a text has room in the model's window by itself and not with the prompt in front: positions
+    past the window are untrained, and models with learned positions have none."""
+    config = host.config.get_text_config()
+    window = config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+    if window is not None and num_text <= window < num_text + num_own:
+        raise AdapterError(
+            f"a prompt of {num_own} positions and a text of {num_text} tokens are more than the model's window of {window}. "
+            f"What fits: texts of at most {window - num_own} (data.max_length), or a shorter prompt"
+        )
 
 
 def refuse_what_cannot_be_extended(given: Mapping[str, Any]) -> None:

@@ -487,9 +487,10 @@ def print_next_steps(run: Run, outcome: Outcome) -> None:
     if run.log.report:
         print(f"Report: {folder / 'report.html'}")
     what = f"run={folder}"
+    merges = run.result == "adapter" and not run.adapter.delta_class().no_matrix(run.adapter)
     print(
         "\nTry next:\n"
         f"  deltune chat {what}\n"
         f"  deltune eval {what}\n"
-        f"  deltune {'merge ' + what + ' out=' + str(folder / 'merged') if run.result == 'adapter' else 'generate ' + what + ' prompt=...'}"
+        f"  deltune {'merge ' + what + ' out=' + str(folder / 'merged') if merges else 'generate ' + what + ' prompt=...'}"
     )

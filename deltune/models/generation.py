@@ -213,9 +213,15 @@ def _plain_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
 
 
 def context_window(model: PreTrainedModel) -> int | None:
-    """Tokens of prompt and answer together that the model's config allows; None if it names no bound."""
+    """Tokens of prompt and answer together that the model has room for; None if its config names no bound.
+
+    A module of the model may take positions for itself, as a learned prompt does, and says so in `num_positions_taken`.
+    """
     config = model.config.get_text_config()
-    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+    if not hasattr(config, "max_position_embeddings"):
+        return None
+    taken = sum(module.num_positions_taken for module in model.modules() if hasattr(module, "num_positions_taken"))
+    return config.max_position_embeddings - taken
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -33,7 +33,7 @@ METHODS = {
         "paper": "arXiv:2303.16199",
         "formula": "attn(x) + W_o (g · softmax(q (W_k P)ᵀ/√h) W_v P), g = 0 at first",
         "small": {"adapter_len": 3},
-        "note": "One gate a layer, as in the paper's formula and PEFT; the authors' code has one a head, through a tanh. By default in all but the first two layers (30 of 32 in the paper). Where the output projection has a bias it is not added a second time, as PEFT does, so that a closed gate is no change.",
+        "note": "One gate a layer, as in the paper's formula and PEFT; the authors' code has one a head, through a tanh. By default in all but the first two layers (30 of 32 in the paper). Where the output projection has a bias it is not added a second time, as PEFT does, so that a closed gate is no change. The learned keys have no position, so a batch padded on the left needs its position_ids, which `generate` gives.",
     },
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltune.adapters import draw
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import Site, kind_of
-from deltune.adapters.prompts import Prompt
+from deltune.adapters.prompts import Prompt, refuse_recomputing
 from deltune.adapters.whole import ModelConfig, without
 from deltune.adapters.wrapper import original, walk
 from deltune.config.fields import option
@@ -29,7 +29,7 @@ METHODS = {
         "choices": {"delta": "prompt_tuning"},
         "paper": "arXiv:2104.08691",
         "formula": "f([P; E(x)]), P [n, d] trained",
-        "start": 4.0,
+        "start": 1.0,
         "small": {"num_virtual_tokens": 3},
         "note": "Any prompt changes the function, so there is no start that leaves it as it was. The paper's default is 100 tokens and finds little gain beyond 20, which is the default here. Its random start is uniform within ±0.5, PEFT's is normal with deviation 1; starting from embeddings of the vocabulary did better in the paper and is the default. Positions count from the mask, so padding on the left changes no answer; PEFT's differ there.",
     },
@@ -37,7 +37,7 @@ METHODS = {
         "choices": {"delta": "p_tuning"},
         "paper": "arXiv:2103.10385",
         "formula": "f([g(P); E(x)]), P [n, d] and an MLP or LSTM g trained",
-        "start": 4.0,
+        "start": 1.0,
         "small": {"num_virtual_tokens": 3},
         "note": "Saved, and read back, as the plain vectors g(P): the encoder is gone, and training goes on without it. The paper's encoder is an LSTM with an MLP; the MLP alone is the default, as in PEFT, since an LSTM as wide as the embeddings of a large model has hundreds of millions of parameters.",
     },
@@ -45,7 +45,7 @@ METHODS = {
         "choices": {"delta": "prefix_tuning"},
         "paper": "arXiv:2101.00190",
         "formula": "softmax(q [P_K; K]ᵀ/√h) [P_V; V] in every layer, P [n, 2·L·kv·h] trained",
-        "start": 4.0,
+        "start": 1.5,
         "small": {"num_virtual_tokens": 3},
         "note": "With projection=true P is an MLP of n vectors, as in the paper; saved, and read back, as the plain keys and values. Refused with gradient checkpointing, which takes the cache from the layers.",
     },
@@ -316,6 +316,13 @@ class PrefixTuning(Encoded):
             return config
         site = next(cls.site_of(name, host) for name, host in cls.find(model, config).items())
         return without(config, encoder_hidden_size=site.num_kv_heads * site.head_dim)
+
+    @classmethod
+    def find(cls, model: nn.Module, config: PrefixTuningConfig) -> dict[str, nn.Module]:
+        found = super().find(model, config)
+        for host in found.values():
+            refuse_recomputing(host)
+        return found
 
     @classmethod
     def site_of(cls, name: str, host: Any) -> Site:
