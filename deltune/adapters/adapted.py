@@ -150,6 +150,12 @@ class Below:
             tensors["bias"] = b.to(layer.bias.dtype)
         return torch.func.functional_call(layer, tensors, (x,))
 
+    @property
+    def bare(self) -> bool:
+        layer = self.adapted.base_layer
+        # hooks, and a forward put on the module itself, do more than the layer's class does
+        return self.place == 0 and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer))
+
     def drop(self, x: Tensor) -> Tensor:
         adapted, name = self.adapted, self.running[self.place]
         rate = adapted.adapters[name].config.dropout

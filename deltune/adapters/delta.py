@@ -34,6 +34,10 @@ class Base(Protocol):
     def bias(self) -> Tensor | None:
         """The layer's own bias [out], no gradient. Read it after the base was called, not before."""
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is the frozen layer alone, and a call of it nothing but W x + b."""
+
     def drop(self, x: Tensor) -> Tensor:
         """x with the adapter's input dropout: x itself in eval mode, without dropout, and for an embedding."""
 
@@ -75,6 +79,7 @@ class Delta(nn.Module):
     additive: ClassVar[bool] = True  # the output is base(x) + out(x): `forward` is not overridden
     stops_gradient: ClassVar[str] = ""  # which part of the formula has no gradient by intention, if any
     reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
+    looks_at_stored: ClassVar[bool] = False  # `start` takes W in the type that it is stored in, and is not handed a copy
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
     averages_loss: ClassVar[bool] = False  # `loss` counts by its mean over the adapter's layers, not by their sum
     takes_dropout: ClassVar[bool] = True  # there is an input to drop from; else the config may not ask for it
@@ -144,6 +149,11 @@ class Delta(nn.Module):
     def start(self, W: Tensor, generator: torch.Generator) -> None:
         """The part of the start that looks at W [out, in], float32 or wider; called after reset, and not after a load."""
 
+    @property
+    def measures_base(self) -> bool:
+        """Whether `ready` does anything, so that W need not be read where it does not."""
+        return type(self).ready is not Delta.ready
+
     def ready(self, W: Tensor) -> None:
         """The last step of a start or a load, once W is final; for methods that measure W and do not save it."""
 
@@ -174,9 +184,23 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The adapted layer's output. Override (with `additive = False`) to act on the layer's input or to multiply its
         output; input dropout is then `base.drop(x)`, on what the adapter sees of x."""
+        if self.goes_in_one(x) and base.bare:
+            W = base.weight()
+            return F.linear(x, W + self.delta(W), base.bias())
         y = base(x)
         W = base.weight() if self.reads_base else None
         return y + self.out(base.drop(x), W).to(y.dtype)
+
+    @property
+    def forms_delta(self) -> bool:
+        """Whether `out` is a product with ΔW, which is formed for it. Override where `out` is, and does so."""
+        return type(self).out is Delta.out
+
+    def goes_in_one(self, x: Tensor) -> bool:
+        """Whether (W + ΔW) x may be computed in place of W x + ΔW x, at half the cost: ΔW is formed anyway, and the sum
+        is rounded as finely as the products are. In shorter types it is not: a small ΔW would vanish in W."""
+        whole = x.dtype == self.site.dtype and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        return whole and self.forms_delta and self.site.kind == "linear" and not (self.config.dropout and self.training)
 
     @property
     def adds_bias(self) -> bool:

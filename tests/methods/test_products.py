@@ -262,3 +262,36 @@ def test_magnitude_goes_around(method, tmp_path):
     merge_in_place(model)
     assert (model(x) - answer).abs().max() <= 1e-6 * answer.abs().max()
     assert torch.equal(load_adapter(layer(dtype=torch.float32), tmp_path)(x), answer)
+
+
+# ---------------------------------------------------------------- W and ΔW in one product
+
+
+def test_a_change_that_is_formed_anyway_goes_into_one_product_with_the_weight():
+    """But for a layer with a hook, which must be called, and for autocast, which would round the sum."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model, delta = adapted("hira", rank=2)
+    calls = []
+    answer = model(x)
+    assert delta.goes_in_one(x) and not delta.goes_in_one(x.bfloat16())
+    handle = model[0].base_layer.register_forward_hook(lambda *_: calls.append(1))
+    assert (model(x) - answer).abs().max() < 1e-12 and calls == [1]
+    handle.remove()
+    model(x)
+    assert calls == [1]
+    model, delta = adapted("hira", rank=2, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not delta.goes_in_one(x.float())
+
+
+def test_a_small_change_is_not_lost_in_a_short_weight():
+    """Steps far below the weight's own resolution act in bfloat16, as they would not if they were added to it."""
+    model = attach(layer(dtype=torch.bfloat16), named("hira", targets=["0"], rank=1))
+    delta = wrappers(model)[0][1].adapters["default"]
+    with torch.no_grad():
+        delta.hira_A.fill_(1.0)
+        delta.hira_B.fill_(2.0**-12)
+        W = model[0].base_layer.weight
+        assert torch.equal((W + delta.delta(W.float())).bfloat16(), W)
+        x = torch.ones(1, 6, dtype=torch.bfloat16)
+        assert (delta.out(x, W.float()) != 0).all()

@@ -152,6 +152,10 @@ class Loha(Ranked):
     def delta(self, W: Tensor | None) -> Tensor:
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ (self.hada_w2_b * self.scale))
 
+    @property
+    def forms_delta(self) -> bool:
+        return not self.is_cheap_as_product
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         if not self.is_cheap_as_product:
             return F.linear(x, self.delta(W).to(x.dtype))
@@ -364,6 +368,10 @@ class Hira(Delta):
 
     def delta(self, W: Tensor) -> Tensor:
         return W * (self.hira_B @ self.hira_A)
+
+    @property
+    def forms_delta(self) -> bool:
+        return True
 
     def out(self, x: Tensor, W: Tensor) -> Tensor:
         if self.site.kind == "embedding":
