@@ -43,7 +43,7 @@ def make_model(dtype: torch.dtype) -> nn.Module:
 def config_of(method: str) -> Any:
     from deltune.adapters.config import named
 
-    config = named(method)
+    config = named(method, **({"token_indices": [*range(16)]} if method == "trainable_tokens" else {}))
     names = {field.name for field in dataclasses.fields(config)}
     # a Llama has no biases of its own, so BitFit gives one to every layer
     changes = {**({"rank": RANK} if "rank" in names else {}), **({"targets": "all-layers", "add": True} if method == "bitfit" else {})}
@@ -112,9 +112,9 @@ class Live(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _has_storage(t)}
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if _has_storage(tensor):
                 self.count(tensor.untyped_storage(), given)
         return result
 
@@ -134,6 +134,11 @@ class Live(torch.utils._python_dispatch.TorchDispatchMode):
             self.now -= size
 
         weakref.finalize(storage, gone)
+
+
+def _has_storage(value: Any) -> bool:
+    """Sparse tensors have none of their own: the parts that they are made of were counted when they were made."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def measure(methods: list[str], rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -125,23 +125,38 @@ class Frequency(Delta):
         return {"coefficients": self.leaf}
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What each coefficient adds to a matrix: its entry `targets[i]` has `weights[i]` of coefficient `sources[i]`."""
+
+    entries: Entries
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, sources: Tensor, weights: Tensor, n_out: int, n_in: int, device: torch.device) -> Parts:
+        """From flat places in an [out, in] matrix, where several parts can fall on one."""
+        found, targets = flat.unique(return_inverse=True)
+        return cls(Entries.at(found, n_out, n_in, device), sources.to(device), targets.to(device), weights.to(device))
+
+    def values(self, coefficients: Tensor) -> Tensor:
+        """The entries' values for these coefficients."""
+        parts = coefficients.index_select(0, self.sources) * self.weights.to(coefficients.dtype)
+        return parts.new_zeros(self.entries.places.shape[1]).index_add(0, self.targets, parts)
+
+
 # ---------------------------------------------------------------- FourierFT
 
 
-@dataclass(frozen=True)
-class Waves:
-    """Frequencies (p, q) for transforms of real signals, which hold the lower half of a spectrum.
-
-    The upper half is the conjugate of the lower, mirrored: q > in/2 is read at in − q, and p > out/2 written at out − p.
-    """
-
-    rows: Tensor  # [n], places in the half spectrum of the output
-    columns: Tensor  # [n], places in the half spectrum of the input
-    factors: Tensor  # [n, 2], of the real and the imaginary part
-
-
 @functools.lru_cache(maxsize=64)
-def waves(n_out: int, n_in: int, count: int, seed: int, device: torch.device) -> Waves:
+def waves(n_out: int, n_in: int, count: int, seed: int, device: torch.device) -> Parts:
+    """What the coefficients are between the half spectra of the input and the output, real and imaginary parts as numbers
+    of their own.
+
+    Transforms of real signals hold the lower half of a spectrum. The upper half is the conjugate of the lower, mirrored:
+    a frequency q > in/2 is read at in − q, and one p > out/2 written at out − p.
+    """
     with torch.inference_mode(False):
         flat = permuted(n_out * n_in, count, seed)
         p, q = flat // n_in, flat % n_in
@@ -149,9 +164,32 @@ def waves(n_out: int, n_in: int, count: int, seed: int, device: torch.device) ->
         # Σ_b x_b e^{+2πi qb/in} is the conjugate of what the forward transform has at q
         conjugated = (q == columns) != (p != rows)
         once = (rows == 0) | (2 * rows == n_out)  # the others stand for a pair of frequencies
-        weight = torch.where(once, 1.0, 0.5).double()
-        factors = torch.stack([weight, torch.where(conjugated, -weight, weight)], dim=1)
-        return Waves(rows.to(device), columns.to(device), factors.to(device))
+        real = torch.where(once, 1.0, 0.5).double()
+        imaginary = torch.where(conjugated, -real, real)
+        height, width = 2 * (n_out // 2 + 1), 2 * (n_in // 2 + 1)
+        places = torch.cat([2 * rows * width + 2 * columns, (2 * rows + 1) * width + 2 * columns + 1])
+        sources = torch.arange(count, device="cpu").repeat(2)
+        return Parts.of(places, sources, torch.cat([real, imaginary]), height, width, device)
+
+
+class HalfSpectrum(torch.autograd.Function):
+    """The transform of a real x [..., n], lower half, real and imaginary parts in turn [..., 2 (n // 2 + 1)].
+
+    Its gradient is a transform to real numbers too; torch's own goes through a complex one of full length.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.length = x.shape[-1]
+        return torch.view_as_real(torch.fft.rfft(x)).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        half = torch.view_as_complex(gradient.unflatten(-1, (-1, 2)).contiguous()) * 0.5
+        half[..., 0] *= 2  # the others stand for a pair of frequencies
+        if ctx.length % 2 == 0:
+            half[..., -1] *= 2
+        return torch.fft.irfft(half, n=ctx.length, norm="forward")
 
 
 class Fourier(Frequency):
@@ -189,13 +227,11 @@ class Fourier(Frequency):
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         n_out, n_in = self.site.n_out, self.site.n_in
-        places = waves(n_out, n_in, len(self.coefficients), self.config.random_loc_seed, self.coefficients.device)
+        parts = waves(n_out, n_in, len(self.coefficients), self.config.random_loc_seed, self.coefficients.device)
         wide = torch.promote_types(x.dtype, torch.float32)  # there are no transforms in shorter types
-        scaled = self.coefficients.to(wide) * (self.config.scaling / (n_out * n_in))
-        picked = torch.fft.rfft(x.to(wide)).index_select(-1, places.columns)
-        terms = torch.view_as_real(picked) * (scaled.unsqueeze(1) * places.factors.to(wide))  # [..., n, 2]
-        spectrum = terms.new_zeros(*x.shape[:-1], n_out // 2 + 1, 2).index_add(-2, places.rows, terms)
-        return torch.fft.irfft(torch.view_as_complex(spectrum), n=n_out, norm="forward").to(x.dtype)
+        values = parts.values(self.coefficients.to(wide) * (self.config.scaling / (n_out * n_in)))
+        changed = parts.entries(HalfSpectrum.apply(x.to(wide)), values).unflatten(-1, (-1, 2)).contiguous()
+        return torch.fft.irfft(torch.view_as_complex(changed), n=n_out, norm="forward").to(x.dtype)
 
 
 # ---------------------------------------------------------------- WaveFT
@@ -223,23 +259,8 @@ def daubechies(moments: int) -> tuple[float, ...]:
     return tuple(tap.real / total * math.sqrt(2) for tap in taps)
 
 
-@dataclass(frozen=True)
-class Patches:
-    """What each coefficient adds to the entries of ΔW: entry `targets[i]` has `weights[i]` of coefficient `sources[i]`."""
-
-    entries: Entries
-    sources: Tensor
-    targets: Tensor
-    weights: Tensor
-
-    def values(self, coefficients: Tensor) -> Tensor:
-        """The entries' values for these coefficients."""
-        parts = coefficients[self.sources] * self.weights.to(coefficients.dtype)
-        return parts.new_zeros(self.entries.places.shape[1]).index_add(0, self.targets, parts)
-
-
 @functools.lru_cache(maxsize=64)
-def patches(n_out: int, n_in: int, count: int, seed: int, wavelet: str | None, device: torch.device) -> Patches:
+def patches(n_out: int, n_in: int, count: int, seed: int, wavelet: str | None, device: torch.device) -> Parts:
     """One step of the inverse transform, cut to [out, in].
 
     E stands in the middle of a matrix of four blocks, each of about half the rows and columns (low and high of each),
@@ -263,8 +284,7 @@ def patches(n_out: int, n_in: int, count: int, seed: int, wavelet: str | None, d
             inside = (rows >= 0) & (rows < n_out) & (columns >= 0) & (columns < n_in)
             sources = sources.view(-1, 1, 1).expand_as(patch)[inside]
             weights, flat = patch[inside], (rows * n_in + columns)[inside]
-        found, targets = flat.unique(return_inverse=True)
-        return Patches(Entries.at(found, n_out, n_in, device), sources.to(device), targets.to(device), weights.to(device))
+        return Parts.of(flat, sources, weights, n_out, n_in, device)
 
 
 def _in_blocks(places: Tensor, size: int, length: int) -> tuple[Tensor, Tensor]:
