@@ -180,7 +180,7 @@ def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: fl
 def row_squares(weight: Tensor) -> Tensor:
     """‖W‖² of each row [out], in float32 or wider."""
     dtype = _sum_type(weight)
-    return torch.cat([weight[rows].detach().to(dtype).square().sum(1) for rows in row_blocks(weight)])
+    return torch.cat([torch.linalg.vector_norm(weight[rows].detach().to(dtype), dim=1) for rows in row_blocks(weight)]).square()
 
 
 def row_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:

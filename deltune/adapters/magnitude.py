@@ -47,6 +47,7 @@ class Stretched(torch.autograd.Function):
 class Magnitude(Delta):
     additive = False
     stops_gradient = "the norm"
+    looks_at_stored = True
 
     def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):
         self._banks = banks
@@ -70,9 +71,14 @@ class Magnitude(Delta):
     @torch.no_grad()
     def start(self, W: Tensor, generator: torch.Generator) -> None:
         if self.inner.starts_from_base:
-            self.inner.start(W, generator)
-        self.inner.ready(W)
+            self.inner.start(weights.float_view(W), generator)
+        if self.inner.measures_base:
+            self.inner.ready(weights.float_view(W))
         self.magnitude.copy_(self.norms(W))
+
+    @property
+    def measures_base(self) -> bool:
+        return self.inner.measures_base
 
     def ready(self, W: Tensor) -> None:
         self.inner.ready(W)
@@ -91,7 +97,9 @@ class Magnitude(Delta):
         squares = weights.row_squares(W) if squares is None else squares
         left, right = left.to(torch.promote_types(left.dtype, squares.dtype)), right.to(torch.promote_types(right.dtype, squares.dtype))
         own = ((left @ (right @ right.T)) * left).sum(1)
-        whole = squares + 2 * scale * weights.row_products(W, left, right) + scale**2 * own
+        # a start with B = 0 need not read W again; on a GPU looking would cost more than it saves
+        zero = left.device.type == "cpu" and not left.any()
+        whole = squares if zero else squares + 2 * scale * weights.row_products(W, left, right) + scale**2 * own
         return whole.clamp_min(torch.finfo(whole.dtype).tiny).sqrt()  # a row of zeros has a direction of zeros
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
