@@ -81,16 +81,24 @@ def begin(prepared: Prepared, seed: int | str) -> None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge; of a model its embeddings'."""
+    """W [out, in] of a layer, or of the layer in a wrapper, as it was before any merge; of a model its embeddings'. In
+    float32 or wider."""
+    return weights.float_view(stored_weight_of(module))
+
+
+def stored_weight_of(module: nn.Module) -> Tensor:
+    """As `weight_of`, in the type that it is stored in and never a copy."""
     if not isinstance(module, Wrapper) and hasattr(module, "get_input_embeddings"):
         module = module.get_input_embeddings()
     weight = _own(module, "weight")
     with gathered(weight):
-        return weights.float_view(out_in(original(module), weight))
+        return out_in(original(module), weight.detach())
 
 
 def looked_at(module: nn.Module, delta: Delta) -> Tensor:
     """What a delta's start looks at: W [out, in], or [W, b] if it says so and the layer has a bias."""
+    if delta.looks_at_stored:
+        return stored_weight_of(module)
     W = weight_of(module)
     return torch.cat([W, bias_of(module).to(W).unsqueeze(1)], dim=1) if delta.bias_column and delta.site.has_bias else W
 
@@ -108,7 +116,7 @@ def _own(module: nn.Module, name: str) -> Tensor:
 
 def ready(module: nn.Module, delta: Delta) -> None:
     """Have a delta take its last step before it runs, on the base weight of its layer as it is now."""
-    if type(delta).ready is not Delta.ready and delta.site.device.type != "meta":
+    if delta.measures_base and delta.site.device.type != "meta":
         delta.ready(weight_of(module))
     if type(delta).ready_bias is not Delta.ready_bias and delta.site.has_bias and delta.site.device.type != "meta":
         delta.ready_bias(bias_of(module))
