@@ -288,12 +288,12 @@ class Session:
 
     def describe(self, num_steps: int) -> RunInfo:
         from deltune.commands.describe_run import description
-        from deltune.models.cost import device_peak_flops, flops_per_token
+        from deltune.models.cost import arithmetic, device_peak_flops, flops_per_token
         from deltune.training.callbacks import RunInfo
 
         run = self.run
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, run.engine.precision)
+        peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, arithmetic(run.engine.precision, self.model.dtype))
         report = self.data.report
         length = report.tokens / report.examples if report.examples else run.data.max_length / 2
         return RunInfo(
