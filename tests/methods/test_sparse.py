@@ -149,7 +149,7 @@ def test_a_peft_file_without_its_entries_is_refused(tmp_path):
 # ---------------------------------------------------------------- entries
 
 
-@pytest.mark.parametrize("count", [1, 7, 60])
+@pytest.mark.parametrize("count", [1, 5, 60])  # few enough for a sparse product, and not
 def test_a_product_with_entries_is_the_dense_matrixs_with_all_its_gradients(count):
     entries = Entries(6, 10, count, torch.device("cpu"), persistent=True)
     entries.put(scattered(60, count, torch.Generator().manual_seed(0))[torch.randperm(count)])
@@ -160,10 +160,28 @@ def test_a_product_with_entries_is_the_dense_matrixs_with_all_its_gradients(coun
     assert torch.autograd.gradcheck(entries.dense, (values,))
 
 
+def test_short_types_and_autocast_take_the_sparse_product_too():
+    entries = Entries.at(torch.tensor([3, 70, 99]), 10, 10, torch.device("cpu"))
+    x, values = torch.randn(4, 10), torch.randn(3)
+    exact = x @ entries.dense(values).T
+    short = entries(x.bfloat16(), values)
+    assert short.dtype == torch.bfloat16 and torch.allclose(short.float(), exact, atol=0.05)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        entries(x, values.requires_grad_()).sum().backward()
+    assert torch.allclose(x.grad, entries.dense(values).sum(0).expand(4, 10), atol=1e-5)
+
+
+def test_off_the_cpu_few_entries_are_picked_and_many_are_not():
+    for count in (5, 50):
+        entries = Entries(10, 10, count, torch.device("meta"), persistent=True)
+        assert entries(torch.empty(2, 3, 10, device="meta"), torch.empty(count, device="meta")).shape == (2, 3, 10)
+
+
 def test_the_layout_follows_places_that_are_written_anew():
-    entries = Entries(4, 4, 2, torch.device("cpu"), persistent=True)
-    entries.put(torch.tensor([0, 5]))
-    x, values = torch.eye(4), torch.tensor([1.0, 2.0])
+    entries = Entries(8, 8, 2, torch.device("cpu"), persistent=True)
+    entries.put(torch.tensor([0, 9]))
+    x, values = torch.eye(8), torch.tensor([1.0, 2.0])
     before = entries(x, values)
     entries.load_state_dict({"places": torch.tensor([[0, 3], [1, 3]], dtype=torch.int32)})
     after = entries(x, values)
