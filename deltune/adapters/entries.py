@@ -34,9 +34,9 @@ def scattered(total: int, count: int, generator: torch.Generator) -> Tensor:
     if 4 * count > total:
         return torch.randperm(total, generator=generator)[:count].sort().values
     found = torch.randint(total, (count,), generator=generator).unique()
-    while len(found) < count:
-        found = torch.cat([found, torch.randint(total, (count,), generator=generator)]).unique()
-    return found[torch.randperm(len(found), generator=generator)[:count]].sort().values
+    while len(found) < count:  # never too many at once, so that none has to be taken out again
+        found = torch.cat([found, torch.randint(total, (count - len(found),), generator=generator)]).unique()
+    return found
 
 
 def by_magnitude(W: Tensor, count: int, *, top: bool = True) -> Tensor:
