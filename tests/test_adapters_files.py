@@ -138,7 +138,6 @@ SET = {
     "use_qalora": True,
     "lora_bias": True,
     "layer_replication": [[0, 2]],
-    "target_parameters": ["experts"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [1],
     "velora_config": {"num_groups": 64},
@@ -156,6 +155,11 @@ SET = {
 def test_a_field_that_may_change_the_mathematics_is_refused(folder, field):
     change_fields(folder, **{field: SET[field]})
     refused(folder, rf"{field} is .*not supported and may change what the adapter computes")
+
+
+def test_parameters_that_this_model_does_not_have_are_refused(folder):
+    change_fields(folder, target_parameters=["experts.down_proj"])
+    refused(folder, r"target_parameters: 'experts\.down_proj' matches no parameter of this model that holds experts' weights")
 
 
 def test_fields_that_say_nothing_are_no_obstacle(folder):

@@ -32,10 +32,13 @@ class Adapted(Wrapper):
         self._squares: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # a weight, what tells that it has changed, ‖rows‖²
 
     def forward(self, x: Tensor) -> Tensor:
-        running = [name for name in self.running if name not in self.merged]
+        return Below(self, self.to_run())(x)
+
+    def to_run(self) -> list[str]:
+        """The adapters that act now and are not in the weight. AdapterError if one in it would have to be trained."""
         if self.merged and self.training and torch.is_grad_enabled() and not self.fixed.issuperset(self.merged):
             raise AdapterError(f"{self.site.name}: adapters {', '.join(self.merged)} are merged and would not be trained; unmerge the model first")
-        return Below(self, running)(x)
+        return [name for name in self.running if name not in self.merged]
 
     def originals(self) -> dict[str, Tensor]:
         """The base layer's tensors as they were before any merge."""

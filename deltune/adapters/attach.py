@@ -24,7 +24,8 @@ from deltune.adapters.adapted import Adapted
 from deltune.adapters.bank import Bank, scopes
 from deltune.adapters.config import AdapterConfig, complaint, name_of
 from deltune.adapters.delta import Delta
-from deltune.adapters.layers import kind_of, out_in, site_of
+from deltune.adapters.experts import AdaptedStack, expert_delta
+from deltune.adapters.layers import Site, Stack, kind_of, out_in, site_of
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.targets import inside, output_head, select
 from deltune.adapters.whole import ModelDelta, host_of
@@ -149,11 +150,21 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
     for place, (module, lead) in ties.items():
         layers[place] = module
         sites = [*(site for site in sites if site.name != place), replace_field(site_of(place, original(module)), tied_to=lead)]
+    stacks = [site for site in _with_depth(sites) if site.kind == "experts"]
+    expert = {site.name: expert_delta(config, site, make) for site in stacks}
+    sites = [site for site in sites if site.kind != "experts"]
     shared = {attribute: scopes(config, sites, attribute, *of) for attribute, of in config.delta_class().banks(config).items()}
     deltas = {site.name: make(config, site, {attribute: by_name[site.name] for attribute, by_name in shared.items()}) for site in sites}
+    deltas = {place: (deltas | expert)[place] for place in layers}
     banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
     copies = {place: _copy(place, module) for place, module in saved.items()}
     return Prepared(name, layers | saved, deltas, banks, copies)
+
+
+def _with_depth(sites: Sequence[Site]) -> list[Site]:
+    """Of several stacks of one module each with the number of those that come after it."""
+    owners = [site.name.rpartition(".")[0] for site in sites]
+    return [replace_field(site, depth=owners[i + 1 :].count(owners[i])) if site.kind == "experts" else site for i, site in enumerate(sites)]
 
 
 def _ties(model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
@@ -197,7 +208,7 @@ def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
         if isinstance(part, ModelDelta):
             wrapper = host_of(part, module)
         elif not isinstance(module, Wrapper):
-            wrapper = TrainedCopy(module) if place in prepared.copies else Adapted(place, module)
+            wrapper = TrainedCopy(module) if place in prepared.copies else AdaptedStack(place, module) if isinstance(module, Stack) else Adapted(place, module)
             exchange[id(module)] = wrapper
         wrapper.add(prepared.name, part, trainable=trainable)
     replace(model, exchange)
@@ -371,7 +382,9 @@ def _remove(model: nn.Module, name: str) -> None:
     for _, wrapper in wrappers(model):
         if name in wrapper.adapters:
             wrapper.remove(name)
-        if not wrapper.adapters and isinstance(wrapper, Wrapper):
+        if not wrapper.adapters and isinstance(wrapper, AdaptedStack):
+            wrapper.take_off()
+        elif not wrapper.adapters and isinstance(wrapper, Wrapper):
             exchange[id(wrapper)] = wrapper.base_layer
     replace(model, exchange)
     for host, holder in hosts(model):

@@ -113,8 +113,8 @@ def combine(
             return _by_factors(place, layer, held, how, density or 1.0, sign, seed)
         generators = [generator_for(f"{place}/{n}", seed) for n, _ in held]
         if how in (*SUMS, "svd") and all(product is not None for product in products):
-            B = torch.cat([B for B, _ in products], 1)
-            A = torch.cat([A * weight for (_, A), weight in zip(products, own, strict=True)])
+            B = torch.cat([B for B, _ in products], -1)
+            A = torch.cat([A * weight for (_, A), weight in zip(products, own, strict=True)], -2)
             return ((B, A) if rank is None else cut_product(B, A, rank)), lambda: B @ A
         rule = RULES["svd" if how in SUMS else how]
         total = rule([whole() for _, whole in changes], own, 1.0 if density is None else density, sign, generators)
@@ -176,7 +176,7 @@ def _check_factors(model: nn.Module, name: str, names: Sequence[str], how: str, 
         if layer.adapters[name].product() is None:
             raise AdapterError(f"{place}: adapter {name} ({name_of(layer.adapters[name].config)}) has no factors B and A; how=linear or svd with of=products fits")
         if of == "factors":
-            ranks = {layer.adapters[n].product()[0].shape[1] for n in names if n in layer.adapters and layer.adapters[n].product() is not None}
+            ranks = {layer.adapters[n].product()[0].shape[-1] for n in names if n in layer.adapters and layer.adapters[n].product() is not None}
             if how in ("cat", "svd") or rank is not None:
                 raise AdapterError(f"of=factors has no effect with how={how}{'' if rank is None else ' and a rank'}; leave it out")
             if len(ranks) > 1:

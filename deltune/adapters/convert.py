@@ -1,7 +1,8 @@
 """Any change that is a matrix as plain LoRA: its factors where it has some, else a truncated SVD, with the error measured.
 
 Legend: ΔW [out, in] is a delta's change of one layer, B [out, r] and A [r, in] the factors that stand for it. Errors are
-‖ΔW - BA‖ / ‖ΔW‖ by the Frobenius norm, of the factors as they are stored.
+‖ΔW - BA‖ / ‖ΔW‖ by the Frobenius norm, of the factors as they are stored. A stack of experts has one more dimension in
+front.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def matrices(model: nn.Module, names: Sequence[str]) -> dict[str, Adapted]:
             why = delta.no_matrix(delta.config)
             if why:
                 raise AdapterError(f"{method} cannot be a LoRA, for {why}")
-            if delta.site.kind not in Lora.kinds:
+            if delta.site.kind not in (*Lora.kinds, "experts"):
                 raise AdapterError(f"{method} changes a layer of kind {delta.site.kind}, which LoRA does not")
             if changes_bias(wrapper, delta):
                 raise AdapterError(f"{method} changes the bias too, which LoRA does not")
@@ -122,28 +123,31 @@ def change_of(layer: Adapted, name: str) -> tuple[Factors | None, Callable[[], T
 
 def cut_product(B: Tensor, A: Tensor, rank: int) -> Factors:
     """The best factors of a rank for a product, without an out×in matrix; the product's own where its rank is no higher."""
-    if B.shape[1] <= rank:
+    if B.shape[-1] <= rank:
         return B, A
     left, small_left = torch.linalg.qr(B)
-    right, small_right = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(small_left @ small_right.T)
-    return _split(left @ U[:, :rank], S[:rank], right @ Vh[:rank].T)
+    right, small_right = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(small_left @ small_right.mT)
+    return _split(left @ U[..., :rank], S[..., :rank], right @ Vh[..., :rank, :].mT)
 
 
 def cut(change: Tensor, rank: int | None, how: str, generator: torch.Generator) -> Factors:
     """Factors of a rank for a matrix; None for the lowest rank that loses nothing but rounding."""
+    if rank is not None and change.ndim == 3:
+        pairs = [cut(own, rank, how, generator) for own in change]
+        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
     if rank is not None:
         return _split(*largest(change, min(rank, *change.shape), generator, how))
     U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-    tails = S.square().flip(0).cumsum(0).flip(0).sqrt()  # what would be lost from each value on
-    needed = max(1, int((tails > NOTHING * tails[0]).sum()))
-    return _split(U[:, :needed], S[:needed], Vh[:needed].T)
+    tails = S.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # what would be lost from each value on
+    needed = max(1, int((tails > NOTHING * tails[..., :1]).sum(-1).max()))  # of experts, what the one that needs most does
+    return _split(U[..., :needed], S[..., :needed], Vh[..., :needed, :].mT)
 
 
 def _split(U: Tensor, S: Tensor, V: Tensor) -> Factors:
     """B = U√S, A = √S·Vᵀ: equally large, so that training can go on from them."""
-    root = S.clamp_min(0).sqrt()
-    return U * root, (V * root).T.contiguous()
+    root = S.clamp_min(0).sqrt().unsqueeze(-2)
+    return U * root, (V * root).mT.contiguous()
 
 
 @torch.no_grad()
@@ -165,7 +169,7 @@ def attach_lora(
         stored = layer.base_layer.weight.dtype if dtype == "auto" else getattr(torch, dtype)
         made[place] = B.to(stored), A.to(stored)
         lost[place] = _squares(whole(), *made[place])
-    ranks = {place: B.shape[1] for place, (B, _) in made.items()}
+    ranks = {place: B.shape[-1] for place, (B, _) in made.items()}
     before = active(model)
     switch(model, [])
     try:
@@ -217,7 +221,7 @@ def _squares(change: Tensor, B: Tensor, A: Tensor) -> tuple[float, float]:
     B, A = B.to(change.dtype), A.to(change.dtype)
     lost = whole = 0.0
     for rows in weights.row_blocks(change):
-        lost += float((change[rows] - B[rows] @ A).double().square().sum())
+        lost += float((change[rows] - B[rows] @ (A if A.ndim == 2 else A[rows])).double().square().sum())
         whole += float(change[rows].double().square().sum())
     return lost, whole
 

@@ -80,13 +80,13 @@ class LoraFA:
                 B.grad.copy_(B.grad.to(inverse.dtype) @ inverse / scale**2)
 
     def _inverse(self, place: int, A: Tensor) -> Tensor:
-        """(AAᵀ + 1e-8·I)⁻¹ [r, r], worked out again when A has moved: by a loaded checkpoint, or a schedule."""
+        """(AAᵀ + 1e-8·I)⁻¹ [r, r], for each expert of a stack; worked out again when A has moved: by a loaded checkpoint, or a schedule."""
         state, known = (A._version, A.data_ptr()), self._inverses[place]
         if known is not None and known[0] == state:
             return known[1]
         wide = torch.float32 if A.device.type == "mps" else torch.float64
-        gram = A.to(wide) @ A.to(wide).T
-        inverse = torch.linalg.inv(gram + DAMPING * torch.eye(len(gram), dtype=wide, device=A.device))
+        gram = A.to(wide) @ A.to(wide).mT
+        inverse = torch.linalg.inv(gram + DAMPING * torch.eye(gram.shape[-1], dtype=wide, device=A.device))
         inverse = inverse.to(torch.promote_types(A.dtype, torch.float32))
         self._inverses[place] = (state, inverse)
         return inverse

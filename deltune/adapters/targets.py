@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from deltune.adapters.config import AdapterConfig, name_of
-from deltune.adapters.layers import READ_WEIGHTS, is_altered_linear, kind_of, site_of
+from deltune.adapters.layers import (
+    READ_WEIGHTS,
+    is_altered_linear,
+    kind_of,
+    site_of,
+    stacks_of,
+)
 from deltune.adapters.whole import ModelDelta
 from deltune.adapters.wrapper import TrainedCopy, original, walk
 from deltune.errors import AdapterError
+from deltune.log import logger
 
 ALL_LINEAR = "all-linear"
+LINEAR = ("linear", "conv1d", "experts")  # kinds that it means
 
 
 def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -23,7 +31,7 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module
     Raises AdapterError if a target, exclusion or module to save matches nothing, or something that cannot be adapted.
     """
     modules = {name: module for name, module in walk(model) if name}
-    saved = _modules_to_save(modules, config)
+    saved = _modules_to_save({name: module for name, module in modules.items() if kind_of(original(module)) != "experts"}, config)
     if issubclass(config.delta_class(), ModelDelta):
         return _hosts(model, config, saved), saved
     candidates = {name: module for name, module in modules.items() if not any(inside(name, other) for other in saved)}
@@ -91,13 +99,21 @@ def _excluded(modules: Mapping[str, nn.Module], endings: Iterable[str]) -> set[s
 
 def _all_linear(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     head = output_head(model)
+    passed_over = [name for name, module in candidates.items() if _holds_unknown_experts(module)]
+    if passed_over:
+        logger.warning("targets: all-linear passes over the experts in %s and %d more, whose layout is not known", passed_over[0], len(passed_over) - 1)
     return {
         name: module
         for name, module in candidates.items()
-        if (kind_of(original(module)) in ("linear", "conv1d") or is_altered_linear(original(module)))
+        if (kind_of(original(module)) in LINEAR or is_altered_linear(original(module)))
         and module is not head
         and not ends_with(name, "lm_head")
     }
+
+
+def _holds_unknown_experts(module: nn.Module) -> bool:
+    three = any(p is not None and p.ndim == 3 for p in module._parameters.values())
+    return three and "Expert" in type(module).__name__ and not stacks_of(module)
 
 
 def _all_norms(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -159,7 +175,16 @@ def _by_names(candidates: Mapping[str, nn.Module], config: AdapterConfig) -> dic
             raise AdapterError(
                 f"targets: {ending!r} matches no module that is left to adapt.{nearest(ending, _layer_names(candidates, config))}"
             )
-        layers.update(found)
+        layers.update(_stacks_within(found, candidates))
+    return layers
+
+
+def _stacks_within(found: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules found, where one that owns stacks of experts stands for these."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in found.items():
+        leaves = [f"{name}.{leaf}" for leaf in stacks_of(module)]
+        layers.update({leaf: candidates[leaf] for leaf in leaves if leaf in candidates} or {name: module})
     return layers
 
 
@@ -168,7 +193,7 @@ def _check(name: str, module: nn.Module, parent: nn.Module, config: AdapterConfi
     if isinstance(module, TrainedCopy):
         raise AdapterError(f"{name} is trained in full by adapter {', '.join(module.adapters)}; it cannot be adapted as well")
     site = site_of(name, original(module))
-    if site.kind not in config.delta_class().kinds:
+    if ("linear" if site.kind == "experts" else site.kind) not in config.delta_class().kinds:
         raise AdapterError(
             f"{name} is a {type(original(module)).__name__}, of kind {site.kind}; {name_of(config)} works on layers of kind "
             f"{', '.join(config.delta_class().kinds)}"

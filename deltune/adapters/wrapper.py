@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deltune.adapters.layers import Stack, stacks_of
 from deltune.errors import AdapterError
 
 BASE = "base_layer"  # PEFT's word too, so that tools which undo its prefix undo ours
@@ -121,14 +122,18 @@ class TrainedCopy(Wrapper):
 
 def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its name before any adapter. Wrappers come whole: their insides are left out, and so is
-    whatever stands beside a module.
+    whatever stands beside a module. A parameter with the weights of experts comes as a layer of its name.
 
     A module that the model holds under two names comes twice.
     """
     yield name, model
     if isinstance(model, Wrapper):
         return
-    for child_name, child in model._modules.items():
+    inside: dict[str, nn.Module | None] = dict(model._modules)
+    for leaf, transposed in stacks_of(model).items():
+        stack = Stack(model, leaf, transposed)
+        inside[leaf] = inside.pop(stack.holder, stack)
+    for child_name, child in inside.items():
         if child is not None and not isinstance(child, Beside):
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 

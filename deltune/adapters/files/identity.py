@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.adapters.adapted import Adapted
+from deltune.adapters.layers import Stack
 from deltune.adapters.wrapper import original, walk
 
 SAMPLES = 64  # values read of each tensor
@@ -34,6 +35,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, module in walk(model):
         layer = original(module)
+        if isinstance(layer, Stack):  # its owner has come before it, and has it under this name
+            tensors.update({name: module.originals()["weight"]} if isinstance(module, Adapted) else {})
+            continue
         own = module.originals() if isinstance(module, Adapted) else layer.named_parameters(recurse=layer is not module)
         tensors.update({f"{name}.{leaf}".lstrip("."): parameter for leaf, parameter in dict(own).items()})
     return tensors

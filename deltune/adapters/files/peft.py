@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import ADAPTERS, DELTAS, AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.experts import ExpertLora
 from deltune.adapters.layers import kind_of
 from deltune.adapters.targets import ALL_LINEAR, ends_with, inside, output_head
 from deltune.adapters.whole import ModelDelta
@@ -32,6 +33,8 @@ PEFT_VERSION = "0.21.2"  # whose format is written; tests hold it to that versio
 INFORMATION = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"})
 # Understood here, for every method
 SELECTION = frozenset({"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
+# The one type of PEFT's that adapts parameters, such as those of experts
+TAKES_PARAMETERS = "LORA"
 # Of no effect while they have this value
 HARMLESS = {"bias": "none"}
 
@@ -54,10 +57,11 @@ def format_of(fields: Mapping[str, Any]) -> tuple[type[AdapterConfig], PeftForma
     return (told or [found for found in sharing if found[1].told is None] or sharing)[0]
 
 
-def form_for(config: AdapterConfig) -> PeftFormat:
-    """PEFT's format where it can say what this config is, else our own in the same container."""
+def form_for(config: AdapterConfig, deltas: Mapping[str, Delta] | None = None) -> PeftFormat:
+    """PEFT's format where it can say what this config is, on these layers, else our own in the same container."""
     form = config.delta_class().peft
-    if form is None or not form.fits(config):
+    unsaid = any(delta.site.kind == "experts" and not isinstance(delta, ExpertLora) for delta in (deltas or {}).values())
+    if form is None or unsaid or not form.fits(config):
         return own_format(type(config))
     return form
 
@@ -87,7 +91,7 @@ def own_format(config_class: type[AdapterConfig]) -> PeftFormat:
 
 def check_fields(fields: Mapping[str, Any], form: PeftFormat) -> None:
     """Raise AdapterError for a field that is set and that neither we nor the method understand."""
-    known = INFORMATION | SELECTION | form.fields
+    known = INFORMATION | SELECTION | form.fields | ({"target_parameters"} if form.type == TAKES_PARAMETERS else set())
     harmless = HARMLESS | dict(form.harmless)
     for name, value in fields.items():
         if name in known or value is None or value is False or value in ("", [], {}):
@@ -102,7 +106,9 @@ def check_fields(fields: Mapping[str, Any], form: PeftFormat) -> None:
 
 def target_names(model: nn.Module, fields: Mapping[str, Any]) -> list[str]:
     """Full names of the layers that PEFT would adapt, by its own rules. AdapterError if there are none."""
-    names = [name for name, _ in walk(model) if name]
+    stacks = {name for name, module in walk(model) if kind_of(original(module)) == "experts"}
+    ours = str(fields.get("peft_type")).startswith(OWN)  # which names experts as it names other layers
+    names = [name for name, _ in walk(model) if name and (ours or name not in stacks)]
     targets = _names_or_pattern(fields, "target_modules")
     if targets == ALL_LINEAR:
         head = output_head(model)
@@ -118,9 +124,15 @@ def target_names(model: nn.Module, fields: Mapping[str, Any]) -> list[str]:
         if not (excluded and _matches(name, excluded))
         and not any(inside(name, other) for other in names if any(ends_with(other, ending) for ending in saved))
     ]
+    wanted = _names_or_pattern(fields, "target_parameters")
+    for parameter in [wanted] if isinstance(wanted, str) else wanted:
+        matching = [name for name in stacks if ends_with(name, parameter)]
+        if not matching:
+            raise AdapterError(f"target_parameters: {parameter!r} matches no parameter of this model that holds experts' weights")
+        found += matching
     if not found:
         raise AdapterError(f"target_modules {targets!r} match no module of this model")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def saved_names(fields: Mapping[str, Any]) -> list[str]:
@@ -184,7 +196,8 @@ def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> Adap
 
 def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
     """PEFT's fields for an adapter on this model."""
-    form = form_for(config)
+    form = form_for(config, deltas)
+    stacks = [place for place, delta in deltas.items() if delta.site.kind == "experts"] if form.type == TAKES_PARAMETERS else []
     fields = {
         "peft_type": form.type,
         "peft_version": PEFT_VERSION,
@@ -194,7 +207,7 @@ def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, D
         "revision": None,
         "auto_mapping": None,
         # what is tied to a target follows it there too, and is not named
-        "target_modules": shortest_names(model, [place for place, delta in deltas.items() if delta.site.tied_to is None]),
+        "target_modules": shortest_names(model, [place for place, delta in deltas.items() if delta.site.tied_to is None and place not in stacks]),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -202,6 +215,8 @@ def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, D
         "bias": "none",
         **form.write(config),
     }
+    if stacks:
+        fields["target_parameters"] = sorted(stacks)
     return {name: value for name, value in fields.items() if name not in form.lacks}
 
 
@@ -228,7 +243,7 @@ def bank_tensors(bank: Bank) -> dict[str, Tensor]:
 def shortest_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """Name endings that mean exactly these modules; full names where an ending would mean others too."""
     chosen = set(chosen)
-    every = [name for name, _ in walk(model) if name]
+    every = [name for name, _ in walk(model) if name]  # experts too: a name that means them as well is not one for others
     meant: dict[str, set[str]] = {}
     for name in every:
         meant.setdefault(name.rpartition(".")[2], set()).add(name)
