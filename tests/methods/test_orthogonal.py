@@ -131,14 +131,28 @@ def test_the_sign_is_recorded(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["sign"] == "plus"
 
 
-def test_coft_holds_each_block_within_its_bound():
-    model, _, _, delta = adapted("oft", block_size=4, coft=True, eps=0.1)
+@pytest.mark.parametrize(("bound", "largest"), [("authors", 0.1 * 4**2 / 2), ("peft", 0.1 / 2)])
+def test_coft_holds_each_block_within_its_bound(bound, largest):
+    model, _, _, delta = adapted("oft", block_size=4, coft=True, eps=0.1, bound=bound)
+    with torch.no_grad():
+        delta.oft_R.mul_(10)
     D = delta.rotation()
     Q = D @ torch.linalg.inv(D + 2 * torch.eye(4))  # D = 2(I − Q)⁻¹Q
-    assert torch.allclose(torch.linalg.vector_norm(Q, dim=(1, 2)), torch.tensor(0.1 / 2, dtype=torch.float64))
+    assert torch.allclose(torch.linalg.vector_norm(Q, dim=(1, 2)), torch.tensor(largest, dtype=torch.float64))
     before = delta.oft_R.detach().clone()
     model(torch.randn(2, 16, dtype=torch.float64)).sum().backward()
     assert torch.equal(delta.oft_R, before), "a forward pass changes no weight"
+
+
+def test_coft_can_turn_with_its_defaults():
+    """Without the b² of the authors' bound a block of 32 turns by no more than a millionth, and nothing is learned."""
+    model = layer(256, 16, torch.float32)
+    x = torch.randn(4, 256)
+    before = model(x)
+    shaken(attach(model, named("coft")))
+    assert (model(x) - before).abs().max() > 5e-3 * before.detach().abs().max()
+    delta = model[0].adapters["default"]
+    assert torch.linalg.vector_norm(delta.rotation(), dim=(1, 2)).max() < 2.1 * 6e-5 * 32**2 / 8**0.5
 
 
 @pytest.mark.parametrize("fields", [{"block_size": 5}, {"block_size": 0, "blocks": 3}, {"block_size": 4, "blocks": 4}, {"block_size": 1}], ids=str)

@@ -1,8 +1,9 @@
 """Rotations of a layer's input in blocks: OFT (arXiv:2306.07280, 2506.19847) and BOFT (arXiv:2311.06243).
 
-Legend: W' = diag(s)·W·R with R orthogonal, so y = W (R x): the input is turned, and W is needed only for merging. A block
-is [b, b] and there are n of them, n·b = in. What is computed is R − I, zero at the start whatever the number type. Q is
-skew, and everywhere here Cayley(Q) = (I + Q)(I − Q)⁻¹, whose series is I + 2Q + 2Q² + …
+Legend: W' = diag(s)·W·Rᵀ with R orthogonal, so y = W (Rᵀ x): the input is turned (a row of inputs x becomes x·R), and W
+is needed only for merging. A block of R is [b, b] and there are n of them, n·b = in. What is computed is R − I, zero at
+the start whatever the number type. Q is skew, and everywhere here Cayley(Q) = (I + Q)(I − Q)⁻¹, whose series is
+I + 2Q + 2Q² + …
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ METHODS = {
     "coft": {
         "choices": {"delta": "oft", "coft": True},
         "paper": "arXiv:2306.07280",
-        "formula": "as oft, with ‖Q‖ of a block at most eps/√n",
-        "small": {"block_size": 4, "eps": 1.0},
-        "note": "The authors pull the parameter back after each step; here the bound is part of the formula, so that a forward pass changes no weight and the gradient is that of the function. PEFT's bound, which is tighter than the authors' eps·b²/√n.",
+        "formula": "as oft, with ‖Q‖ of a block at most eps·b²/√n",
+        "small": {"block_size": 4, "eps": 0.0625},
+        "note": "The authors pull the parameter back after each step; here the bound is part of the formula, so that a forward pass changes no weight and the gradient is that of the function. PEFT's bound lacks the b², and with its default eps hardly lets a block turn; it is bound=peft, which its files are read with.",
     },
     "boft": {
         "choices": {"delta": "boft"},
@@ -72,7 +73,8 @@ class OftConfig(BlocksConfig):
     cayley: str = option("exact", "exact: (I + Q)(I − Q)⁻¹, orthogonal; neumann: the first terms of its series (arXiv:2506.19847).", choices=("exact", "neumann"))
     terms: int = option(5, "Terms of the series, the last with half its weight.", ge=2)
     coft: bool = option(False, "Bound each block's ‖Q‖ (COFT).")
-    eps: float = option(6e-5, "The bound of COFT: ‖Q‖ ≤ eps / √blocks.", gt=0)
+    eps: float = option(6e-5, "Strength of the bound of COFT, see bound.", gt=0)
+    bound: str = option("authors", "The bound of COFT on a block's ‖Q‖. authors: eps · block_size² / √blocks; peft: eps / √blocks.", choices=("authors", "peft"))
     block_share: bool = option(False, "One rotation for all blocks.")
     strength: bool = option(False, "Learn a strength for each output too.")
     sign: str = option("plus", "Sign of Q, as a record in the file: (I + Q)(I − Q)⁻¹.", choices=("plus",))
@@ -157,7 +159,7 @@ def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
 
 
 class Blocks(Delta):
-    """y = s⊙(W (R x)) + b with R turning blocks of the input."""
+    """y = s⊙(W (Rᵀ x)) + b with R turning blocks of the input."""
 
     additive = False
     size: int
@@ -176,11 +178,11 @@ class Blocks(Delta):
             raise AdapterError(f"{self.site.name}: {which} {value} does not divide its {n} inputs; {', '.join(map(str, fitting))} do")
 
     def turned(self, x: Tensor) -> Tensor:
-        """R x for each row of x [..., in]."""
+        """Rᵀ x for each row x, that is x·R for rows [..., in]."""
         raise NotImplementedError
 
     def turned_back(self, x: Tensor) -> Tensor:
-        """Rᵀ x for each row of x [..., in]."""
+        """R x for each row x, that is x·Rᵀ for rows [..., in]."""
         raise NotImplementedError
 
     def strength(self) -> Tensor | None:
@@ -206,7 +208,7 @@ class Blocks(Delta):
 
     def delta(self, W: Tensor) -> Tensor:
         s = self.strength()
-        turned = self.turned_back(W)  # W R: each row w becomes Rᵀ w
+        turned = self.turned_back(W)  # W Rᵀ
         return (turned if s is None else s.unsqueeze(1) * turned) - W
 
 
@@ -237,6 +239,7 @@ def _oft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "block_size": fields.get("oft_block_size", 32),
         "block_dropout": fields.get("module_dropout", 0.0),
         "coft": bool(fields.get("coft")),
+        "bound": "peft" if fields.get("coft") else "authors",
         "eps": fields.get("eps", 6e-5),
         "block_share": bool(fields.get("block_share")),
         "cayley": "neumann" if series else "exact",
@@ -252,7 +255,7 @@ class Oft(Blocks):
         write=_oft_to_peft,
         read=_oft_from_peft,
         fields=frozenset(_oft_to_peft(OftConfig())),
-        fits=lambda config: not config.strength and config.terms >= 4,
+        fits=lambda config: not config.strength and config.terms >= 4 and (config.bound == "peft" or not config.coft),
     )
 
     def build(self) -> None:
@@ -274,7 +277,7 @@ class Oft(Blocks):
         """R − I [n, b, b], of one block where it is shared."""
         Q = skew(self.oft_R, self.size)
         if self.config.coft:
-            bound = self.config.eps / math.sqrt(Q.shape[0])
+            bound = self.config.eps / math.sqrt(Q.shape[0]) * (self.size**2 if self.config.bound == "authors" else 1)
             Q = Q * (bound / torch.linalg.vector_norm(Q, dim=(1, 2), keepdim=True).clamp(min=bound))
         return cayley(Q) if self.config.cayley == "exact" else neumann(Q, self.config.terms)
 
