@@ -14,6 +14,7 @@ from deltune.adapters.attach import attach, merge, trainable
 from deltune.adapters.config import named
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.methods.segments import clusters
+from deltune.adapters.wrapper import wrappers
 from deltune.errors import AdapterError
 from tests.peft_twin import held_to_peft, ids, our_gradients, read_peft, save_peft, their_gradients, with_peft
 from tests.tiny import tiny_model
@@ -145,6 +146,27 @@ def test_adamss_starts_from_orthonormal_directions_of_each_cluster_and_changes_n
         assert (A @ A.T - torch.eye(rank)).abs().max() < 1e-5
         best = torch.linalg.svdvals(mine)[:rank].square().sum()
         assert abs(float((mine @ A.T).square().sum() - best)) < 1e-4
+
+
+@pytest.mark.parametrize("fields", [{}, {"dynamic": 0.5}, {"dynamic": 0.02}], ids=str)
+def test_adamss_starts_where_pefts_does(fields):
+    pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
+    dynamic = {"use_dynamic_rank": True, "svd_threshold": fields["dynamic"]} if fields else {}
+    theirs = with_peft(with_biases(), peft.AdamssConfig(r=8, num_subspaces=3, subspace_rank=4, target_modules=LLAMA, **dynamic), shake=0)
+    ours = {"dynamic_rank": True, "threshold": fields["dynamic"]} if fields else {}
+    model = attach(with_biases(), named("adamss", rank=8, num_subspaces=3, subspace_rank=4, targets=LLAMA, **ours))
+    ranks = set()
+    for place, wrapper in wrappers(model):
+        delta, base = wrapper.adapters["default"], wrapper.base_layer
+        mine, (U, _) = delta.to_file(), delta.taken_apart(torch.cat([base.weight, base.bias.unsqueeze(1)], dim=1).detach())
+        for i, other in enumerate(theirs.get_submodule(f"base_model.model.{place}").adamss_A["default"]):
+            A, rows = mine[f"adamss_A.{i}"], U[delta.adamss_rows == i]
+            assert A.shape == other.shape
+            ranks.add(len(A))
+            # what the cluster's rows span most: exactly here, and from a random sample of as many columns there
+            best, found = (float((rows @ basis.T).square().sum()) for basis in (A, other.detach()))
+            assert found - 1e-5 <= best <= 1.15 * found
+    assert len(ranks) > 1 and max(ranks) <= 4
 
 
 def test_an_adamss_file_is_read_by_its_clusters_and_a_broken_one_is_refused(tmp_path, monkeypatch):
