@@ -18,6 +18,7 @@ import pytest
 
 import deltune
 from deltune import settings
+from deltune.adapters.config import AdapterConfig
 from deltune.config.fields import Key, walk
 from deltune.data.config import Source
 
@@ -27,6 +28,7 @@ COMPLAINTS = re.compile(r"problems|\w*_rules?|_changed")
 
 # fields that are read by name from plain values, before there is an instance
 BY_NAME = {("EvalSettings", "run"), ("GenerateSettings", "run"), ("ChatSettings", "run"), ("MergeSettings", "run"), ("ConvertSettings", "run")}
+BY_NAME |= {("OftConfig", "sign")}  # has one value, and is there to be recorded in files
 
 
 def all_keys() -> list[Key]:
@@ -42,6 +44,7 @@ def known_classes() -> dict[str, type]:
 
 
 CLASSES = known_classes()
+ADAPTERS = {name for name, cls in CLASSES.items() if issubclass(cls, AdapterConfig)}
 
 
 def sections_of(cls: type) -> dict[str, set[str]]:
@@ -149,6 +152,8 @@ def reads_in_package() -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for tree in trees.values():
         module = Module(tree, returns, attributes)
+        # a method's deltas and banks stand beside its config, and hold it as `self.config`
+        module.types[".config"] |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} & set(ADAPTERS)
         for name in CLASSES:
             module.types[f"self of {name}"] = {name}
         list(readable(tree))  # names the selves

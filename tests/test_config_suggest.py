@@ -33,7 +33,7 @@ def swapped(word: str, rng: random.Random) -> str:
 
 
 def typo(key: str, rng: random.Random) -> str:
-    """One of the mistakes people make, in the leaf of a key; keys of two letters get one edit, others up to two."""
+    """One of the mistakes people make, in the leaf of a key; keys of four letters or fewer get one edit, others up to two."""
     section, dot, leaf = key.rpartition(".")
     kind = rng.choice(["edits", "swap", "underscore", "section", "plural", "hyphen"])
     if kind == "edits":

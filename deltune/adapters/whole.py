@@ -22,7 +22,7 @@ ACCEPTS = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values")  #
 
 
 @dataclass(frozen=True)
-class ModelConfig(AdapterConfig):
+class WholeConfig(AdapterConfig):
     """What methods that adapt a whole model have."""
 
     targets: list[str] | str = option("model", "The whole model: there are no layers to choose.", choices=("model",))

@@ -23,7 +23,7 @@ SAME = {
     "data.eval": "eval_dataset eval_file eval_data test_datasets dev_file test_file validation_file valid_file eval_dataset_name val_data",
     "data.eval_size": "val_set_size val_size eval_split_size test_size validation_split",
     "data.format": "dataset_format ds_type dataset_type",
-    "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length block_size model_max_length max_len max_tokens_per_sample context_length",
+    "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length model_max_length max_len max_tokens_per_sample context_length",
     "data.max_source_length": "source_max_len max_src_len max_prompt_length max_input_length",
     "data.max_target_length": "target_max_len max_completion_length max_tgt_len max_response_length",
     "data.read_nums": "max_samples max_train_samples num_train_samples",

@@ -75,14 +75,14 @@ def test_sinelora_is_its_formula_with_the_root_of_in_and_alpha_over_rank(gain):
 
 @pytest.mark.parametrize("wave", ["relu", "identity"])
 def test_loran_on_the_weight_is_its_formula(wave):
-    model, W, delta = adapted("loran", alpha=6, amp=0.3, freq=40.0, wave=wave)
+    model, W, delta = adapted("loran", alpha=6, amplitude=0.3, freq=40.0, wave=wave)
     assert count(model) == RANK * (N_IN + N_OUT)
     held_to_matrix(model, W, delta, entrywise(lambda z: 3 * (z + 0.3 * (max(z, 0) if wave == "relu" else z) * math.sin(40 * z)), product(delta)))
 
 
 @pytest.mark.parametrize("method", ["sinelora", "loran"])
 def test_the_backward_of_an_entrywise_change_keeps_no_matrix_and_is_autograds(method):
-    _, W, delta = adapted(method, **({"omega": 30.0} if method == "sinelora" else {"amp": 0.3, "freq": 40.0}))
+    _, W, delta = adapted(method, **({"omega": 30.0} if method == "sinelora" else {"amplitude": 0.3, "freq": 40.0}))
     x = rows().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -116,7 +116,7 @@ def test_an_entrywise_change_under_autocast_takes_its_sine_of_full_numbers():
 
 
 def test_loran_on_activations_is_its_formula_and_cannot_be_merged():
-    model, W, delta = adapted("loran", alpha=6, amp=0.3, freq=40.0, on="activation")
+    model, W, delta = adapted("loran", alpha=6, amplitude=0.3, freq=40.0, on="activation")
     x = rows()
     z = x @ product(delta).T
     expected = entrywise(lambda v: 3 * (v + 0.3 * max(v, 0) * math.sin(40 * v)), z)

@@ -40,7 +40,7 @@ def places(model):
 
 def test_shira_with_a_seed_takes_pefts_entries():
     theirs = with_peft(tiny_model(), peft.ShiraConfig(r=4, target_modules=LLAMA, random_seed=7))
-    for place, flat in places(attach(tiny_model(), named("shira", rank=4, targets=LLAMA, random_seed=7))).items():
+    for place, flat in places(attach(tiny_model(), named("shira", rank=4, targets=LLAMA, mask_seed=7))).items():
         rows, columns = theirs.get_submodule(f"base_model.model.{place}").shira_indices["default"].long()
         assert torch.equal(flat, rows * theirs.get_submodule(f"base_model.model.{place}").in_features + columns)
 
@@ -116,7 +116,7 @@ def test_super_tuning_with_a_pair_is_the_sum_of_both():
     ("method", "changes", "message"),
     [
         ("shira", {"rank": 20}, r"0: rank 20 means 1,000 entries, and this layer has 600; it can be at most 12"),
-        ("shira", {"mask": "struct", "random_seed": 1}, "random_seed has no effect: mask is not random"),
+        ("shira", {"mask": "struct", "mask_seed": 1}, "mask_seed has no effect: mask is not random"),
         ("supertuning", {"sparsity": 0.999}, r"0: sparsity 0.999 leaves none of its 600 entries to train; it must be at most 0.998333"),
         ("supertuning", {"alpha": 2.0}, "alpha has no effect without a rank"),
     ],

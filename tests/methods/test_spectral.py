@@ -211,7 +211,7 @@ def test_tinylora_is_pefts(tying, saved, tmp_path):
 
 
 def test_tinylora_mixes_frozen_matrices_by_a_few_numbers():
-    model, W, b, delta = adapted("tinylora", rank=3, u=5, svd="full")
+    model, W, b, delta = adapted("tinylora", rank=3, num_trained=5, svd="full")
     assert num_trained(model) == 5
     U, S, V = torch.linalg.svd(W, full_matrices=False)
     root = torch.diag(S[:3].sqrt())
@@ -225,7 +225,7 @@ def test_tinylora_mixes_frozen_matrices_by_a_few_numbers():
 def test_tinylora_groups_share_one_vector_and_it_is_counted_once():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
-    attach(model, named("tinylora", u=7, weight_tying=0.5))  # round(2.5) = 2 groups of 2, and the rest to the last
+    attach(model, named("tinylora", num_trained=7, weight_tying=0.5))  # round(2.5) = 2 groups of 2, and the rest to the last
     deltas = [layer.adapters["default"] for layer in model]
     assert [delta.group for delta in deltas] == [0, 0, 1, 1, 1]
     assert num_trained(model) == 2 * 7
@@ -242,7 +242,7 @@ def test_tinyloras_numbers_are_never_what_memory_held(init, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", dirty)
     model = layer(dtype=torch.float32)
-    attach(model, named("tinylora", u=64, init=init))
+    attach(model, named("tinylora", num_trained=64, init=init))
     v = trainable(model)["0.adapters.default.tied.v.0"]
     if init == "zeros":
         assert torch.equal(v, torch.zeros(64))

@@ -34,8 +34,8 @@ METHODS = {
     "loran": {
         "choices": {"delta": "loran"},
         "paper": "https://aclanthology.org/2024.findings-emnlp.177",
-        "formula": "ΔW = s·φ(BA), φ(z) = z + amp·ρ(z)·sin(freq·z), s = α/r",
-        "small": {"rank": 2, "freq": 100.0, "amp": 0.05},
+        "formula": "ΔW = s·φ(BA), φ(z) = z + a·ρ(z)·sin(f·z), s = α/r",
+        "small": {"rank": 2, "freq": 100.0, "amplitude": 0.05},
         "note": "Sources leave open whether ρ is ReLU (the default here) or the identity, and whether there is a scale. on=activation puts φ on BAx, as a public copy does; that cannot be merged.",
     },
     "loda": {
@@ -80,7 +80,7 @@ class LoranConfig(RankedConfig):
     """Low-rank adaptation with a wave on each entry (EMNLP Findings 2024)."""
 
     delta: str = option("loran", "Parametrisation of the change.", choices=("loran",))
-    amp: float = option(5e-5, "Height of the wave.", ge=0)
+    amplitude: float = option(5e-5, "Height of the wave.", ge=0)
     freq: float = option(1e4, "Frequency of the wave.", gt=0)
     wave: str = option("relu", "What multiplies the sine: relu: the positive part of the entry; identity: the entry.", choices=("relu", "identity"))
     on: str = option("weight", "weight: on the entries of BA, which can be merged; activation: on BAx.", choices=("weight", "activation"))
@@ -134,30 +134,37 @@ class Factored(Ranked):
 
 
 class EntrywiseOut(torch.autograd.Function):
-    """x f(BA)ᵀ [..., out], which keeps x, A and B for the backward pass and no out×in tensor."""
+    """x (W + f(BA))ᵀ + b [..., out], W and b frozen or left out; keeps x, A and B for the backward pass and no out×in tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x, A, B)
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, W: Tensor | None, b: Tensor | None,
+        value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, A, B, W)
         ctx.value, ctx.slope = value, slope
-        return F.linear(x, value(B @ A).to(x.dtype))
+        change = value(B @ A)
+        return F.linear(x, change.to(x.dtype) if W is None else change.add_(W), b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
+        x, A, B, W = ctx.saved_tensors
         Z = B @ A
-        grad_x = grad @ ctx.value(Z).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_A = grad_B = None
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            change = ctx.value(Z)
+            grad_x = grad @ (change.to(grad.dtype) if W is None else change.add_(W))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             inner = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(Z.dtype) * ctx.slope(Z)  # [out, in]
             grad_A, grad_B = B.T @ inner, inner @ A.T
-        return grad_x, grad_A, grad_B, None, None
+        return grad_x, grad_A, grad_B, None, None, None, None
 
 
 class Entrywise(Factored):
     """ΔW = value(BA), entry by entry, with its derivative `slope`."""
 
     def value(self, Z: Tensor) -> Tensor:
+        """A new tensor, which the caller may change."""
         raise NotImplementedError
 
     def slope(self, Z: Tensor) -> Tensor:
@@ -166,13 +173,23 @@ class Entrywise(Factored):
     def delta(self, W: Tensor | None) -> Tensor:
         return self.value(self.lora_B @ self.lora_A)
 
+    def forms_delta(self, x: Tensor) -> bool:
+        return True
+
+    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return self._applied(x, W, b)
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):  # a frequency times a rounded BA would be noise
-            flat = x.unsqueeze(0) if x.ndim == 1 else x
-            return EntrywiseOut.apply(flat, self.lora_A, self.lora_B, self.value, self.slope).view(*x.shape[:-1], self.site.n_out)
+            return self._applied(x, None, None)
+
+    def _applied(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        flat = x.unsqueeze(0) if x.ndim == 1 else x
+        y = EntrywiseOut.apply(flat, self.lora_A, self.lora_B, W, b, self.value, self.slope)
+        return y.view(*x.shape[:-1], self.site.n_out)
 
 
 class SineLora(Entrywise):
@@ -183,14 +200,14 @@ class SineLora(Entrywise):
         return self.scale / (math.sqrt(self.site.n_in) if self.config.gain is None else self.config.gain)
 
     def value(self, Z: Tensor) -> Tensor:
-        return torch.sin(self.config.omega * Z) * self.height
+        return torch.sin(self.config.omega * Z).mul(self.height)
 
     def slope(self, Z: Tensor) -> Tensor:
         return torch.cos(self.config.omega * Z) * (self.height * self.config.omega)
 
 
 class Loran(Entrywise):
-    """ΔW = s·φ(BA), or with on=activation s·φ(BAx), where φ(z) = z + amp·ρ(z)·sin(freq·z)."""
+    """ΔW = s·φ(BA), or with on=activation s·φ(BAx), where φ(z) = z + a·ρ(z)·sin(f·z)."""
 
     @classmethod
     def no_matrix(cls, config: AdapterConfig) -> str:
@@ -198,16 +215,19 @@ class Loran(Entrywise):
 
     def value(self, Z: Tensor) -> Tensor:
         rho = F.relu(Z) if self.config.wave == "relu" else Z
-        return torch.addcmul(Z, rho, torch.sin(self.config.freq * Z), value=self.config.amp) * self.scale
+        return torch.addcmul(Z, rho, torch.sin(self.config.freq * Z), value=self.config.amplitude) * self.scale
 
     def slope(self, Z: Tensor) -> Tensor:
-        amp, freq = self.config.amp, self.config.freq
+        amp, freq = self.config.amplitude, self.config.freq
         angle = freq * Z
-        # d(z·sin(freq·z)) = sin(freq·z) + freq·z·cos(freq·z), where ρ is not flat
+        # d(z·sin(f·z)) = sin(f·z) + freq·z·cos(freq·z), where ρ is not flat
         wave = torch.addcmul(torch.sin(angle), angle, torch.cos(angle))
         if self.config.wave == "relu":
             wave = wave * (Z > 0)
         return wave.mul_(amp * self.scale).add_(self.scale)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return self.config.on == "weight"
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         if self.config.on == "weight":

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from deltune.adapters import draw
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import Site, kind_of
-from deltune.adapters.whole import ModelConfig, ModelDelta, decoder, model_site, one_of, without
+from deltune.adapters.whole import ModelDelta, WholeConfig, decoder, model_site, one_of, without
 from deltune.adapters.wrapper import Beside, Wrapper, original, walk
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -43,7 +43,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class LlamaAdapterConfig(ModelConfig):
+class LlamaAdapterConfig(WholeConfig):
     """Gated attention to learned vectors in the last layers (arXiv:2303.16199)."""
 
     delta: str = option("llama_adapter", "Parametrisation of the change.", choices=("llama_adapter",))

@@ -17,7 +17,7 @@ from deltune.adapters import draw
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import Site, kind_of
 from deltune.adapters.prompts import Prompt, refuse_recomputing
-from deltune.adapters.whole import ModelConfig, without
+from deltune.adapters.whole import WholeConfig, without
 from deltune.adapters.wrapper import original, walk
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -53,7 +53,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class PromptTuningConfig(ModelConfig):
+class PromptTuningConfig(WholeConfig):
     """Soft tokens in front of the embeddings (arXiv:2104.08691)."""
 
     delta: str = option("prompt_tuning", "Parametrisation of the change.", choices=("prompt_tuning",))
@@ -79,7 +79,7 @@ class PromptTuningConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class PTuningConfig(ModelConfig):
+class PTuningConfig(WholeConfig):
     """Soft tokens from a small encoder (arXiv:2103.10385)."""
 
     delta: str = option("p_tuning", "Parametrisation of the change.", choices=("p_tuning",))
@@ -101,7 +101,7 @@ class PTuningConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class PrefixTuningConfig(ModelConfig):
+class PrefixTuningConfig(WholeConfig):
     """Keys and values in front of every layer's own (arXiv:2101.00190)."""
 
     delta: str = option("prefix_tuning", "Parametrisation of the change.", choices=("prefix_tuning",))
@@ -135,7 +135,7 @@ def _num(fields: Mapping[str, Any]) -> int:
     return value
 
 
-def _plain(config: ModelConfig) -> bool:
+def _plain(config: WholeConfig) -> bool:
     return not config.dropout and not config.modules_to_save
 
 

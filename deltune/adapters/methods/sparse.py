@@ -47,14 +47,14 @@ class ShiraConfig(AdapterConfig):
     delta: str = option("shira", "Parametrisation of the change.", choices=("shira",))
     rank: int = option(32, "Number of trained entries: rank · (in + out), as many as LoRA of this rank has. It does not bound the rank of the change.", gt=0)
     mask: str = option("random", "Which entries: random; magnitude: the largest of the weight; struct: the diagonal and rows at even distances.", choices=("random", "magnitude", "struct"))
-    random_seed: int | None = option(None, "Seed of the random entries, the same for layers of one size, as PEFT draws them; null draws them from the run's seed and the layer's name.")
+    mask_seed: int | None = option(None, "Seed of the random entries, the same for layers of one size, as PEFT draws them; null draws them from the run's seed and the layer's name.")
 
     @staticmethod
     def delta_class() -> type[Delta]:
         return Shira
 
     def problems(self) -> list[str]:
-        idle = ["random_seed has no effect: mask is not random"] if self.random_seed is not None and self.mask != "random" else []
+        idle = ["mask_seed has no effect: mask is not random"] if self.mask_seed is not None and self.mask != "random" else []
         return idle + super().problems()
 
 
@@ -107,11 +107,11 @@ def _shira_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
     # a mask by a function of the user's own has a name of its own; the entries themselves are in the file
     mask = fields.get("mask_type", "random")
     known = mask if mask in ("random", "magnitude", "struct") else "random"
-    return {"rank": fields.get("r", 32), "mask": known, "random_seed": fields.get("random_seed") if known == "random" else None}
+    return {"rank": fields.get("r", 32), "mask": known, "mask_seed": fields.get("random_seed") if known == "random" else None}
 
 
 def _shira_to_peft(config: ShiraConfig) -> dict[str, Any]:
-    return {"r": config.rank, "mask_type": config.mask, "random_seed": config.random_seed, "fan_in_fan_out": False, "init_weights": True}
+    return {"r": config.rank, "mask_type": config.mask, "random_seed": config.mask_seed, "fan_in_fan_out": False, "init_weights": True}
 
 
 LACKS = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "bias"})
@@ -139,7 +139,7 @@ class Shira(Sparse):
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         self.values.zero_()
-        total, count, seed = self.site.n_out * self.site.n_in, self.count(), self.config.random_seed
+        total, count, seed = self.site.n_out * self.site.n_in, self.count(), self.config.mask_seed
         if self.config.mask == "struct":
             self.entries.put(structured(self.site.n_out, self.site.n_in, count))
         elif self.config.mask == "random":

@@ -56,7 +56,7 @@ METHODS = {
         "choices": {"delta": "tinylora"},
         "paper": "arXiv:2602.04118",
         "formula": "ΔW = U_r√Σ_r (Σ_i v_i P_i) √Σ_r V_rᵀ, P_i frozen, v shared by groups of layers",
-        "small": {"u": 4},
+        "small": {"num_trained": 4},
     },
 }
 
@@ -105,7 +105,7 @@ class TinyLoraConfig(AdapterConfig):
 
     delta: str = option("tinylora", "Parametrisation of the change.", choices=("tinylora",))
     rank: int = option(2, "Triplets of each layer that are mixed.", gt=0)
-    u: int = option(64, "Trained numbers of a group of layers.", gt=0)
+    num_trained: int = option(64, "Trained numbers of a group of layers.", gt=0)
     weight_tying: float = option(0.0, "Share of groups that is saved: 0: a group for each layer; 1: one group for all.", ge=0, le=1)
     init: str = option("zeros", "Start of the trained numbers: zeros, which changes nothing; uniform: within ±init_bound.", choices=("zeros", "uniform"))
     init_bound: float = option(0.02, "Bound of init=uniform.", gt=0)
@@ -339,7 +339,7 @@ class TinyNumbers(Bank):
         layers = len(self.sites)
         self.num_groups = max(1, round(layers * (1 - self.config.weight_tying)))
         self.group_size = max(1, layers // self.num_groups)
-        self.v = nn.ParameterList(torch.empty(self.config.u, **self.storage) for _ in range(self.num_groups))
+        self.v = nn.ParameterList(torch.empty(self.config.num_trained, **self.storage) for _ in range(self.num_groups))
 
     def number_of(self, name: str) -> int:
         """A layer's place among the scope's."""
@@ -363,7 +363,7 @@ class TinyNumbers(Bank):
 def _tiny_to_peft(config: TinyLoraConfig) -> dict[str, Any]:
     return {
         "r": config.rank,
-        "u": config.u,
+        "u": config.num_trained,
         "weight_tying": config.weight_tying,
         "projection_seed": config.projection_seed,
         "save_projection": config.save_projection,
@@ -377,7 +377,7 @@ def _tiny_to_peft(config: TinyLoraConfig) -> dict[str, Any]:
 def _tiny_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rank": fields.get("r", 2),
-        "u": fields.get("u", 64),
+        "num_trained": fields.get("u", 64),
         "weight_tying": float(fields.get("weight_tying", 0.0)),
         "projection_seed": fields.get("projection_seed", 42),
         "save_projection": fields.get("save_projection", True),
@@ -408,13 +408,13 @@ class TinyLora(Delta):
         self.group = self.tied.group_of(self.site.name)
         self.register_buffer("tinylora_A", torch.empty(r, self.site.n_in, **self.storage))
         self.register_buffer("tinylora_B", torch.empty(self.site.n_out, r, **self.storage))
-        self.register_buffer("tinylora_P", torch.empty(self.config.u, r, r, **self.storage), persistent=self.config.save_projection)
+        self.register_buffer("tinylora_P", torch.empty(self.config.num_trained, r, r, **self.storage), persistent=self.config.save_projection)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         # by PEFT's rule and not from the generator, so that a file without P means the same there and here
         own = torch.Generator("cpu").manual_seed(self.config.projection_seed + self.tied.number_of(self.site.name))
-        self.tinylora_P.copy_(draw.normal((self.config.u, self.r, self.r), 1 / math.sqrt(self.r), own))
+        self.tinylora_P.copy_(draw.normal((self.config.num_trained, self.r, self.r), 1 / math.sqrt(self.r), own))
 
     @torch.no_grad()
     def start(self, W: Tensor, generator: torch.Generator) -> None:
