@@ -459,7 +459,7 @@ def _run_folder(stated: Mapping[str, Any]) -> Path | None:
         return Path(run)
     if isinstance(adapter, str):
         folder = Path(adapter)
-        if os.path.isfile(folder / "adapter_config.json"):
+        if os.path.isfile(folder / "adapter_config.json") or (folder.suffix == ".ckpt" and os.path.isfile(folder)):
             return None
         if os.path.isfile(folder / "config.yaml"):
             return folder

@@ -97,6 +97,26 @@ def test_what_the_file_cannot_say_must_be_said(tmp_path):
     assert (W(x) - x @ weights[LAYERS[0]].T).abs().max() < 1e-12
 
 
+def test_the_command_line_takes_one_for_an_adapter(tmp_path, capsys):
+    from deltune.adapters.files import load_adapter
+    from deltune.commands.merge import main
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    from tests.tiny import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    tensors, weights = checkpoint(tiny_model().double(), "lora")
+    path = saved(tmp_path, {key: tensor.float() for key, tensor in tensors.items()}, lora_scaler=ALPHA)
+    assert main([f"model={tmp_path / 'base'}", f"adapter={path}", f"out={tmp_path / 'merged'}"], None) == 0
+    capsys.readouterr()
+    from safetensors.torch import load_file
+
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for layer, weight in weights.items():
+        assert (merged[f"{layer}.weight"] - weight).abs().max() < 1e-5
+    load_adapter(tiny_model(), path)
+
+
 def refused(tmp_path, tensors, message, **config):
     model = tiny_model().double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -44,8 +44,13 @@ def load_adapter(
 
     A folder without an adapter of its own may have it in a sub-folder of its name, as PEFT writes them. It runs beside
     the adapters that are active already, and is frozen unless `trainable`. `any_base` allows a base model other than the
-    one it was made on. Raises AdapterError if anything does not fit; the model is then as it was.
+    one it was made on. A `.ckpt` file is taken for one of MyTransformers', see mytransformers.py. Raises AdapterError if
+    anything does not fit; the model is then as it was.
     """
+    if Path(folder).suffix == ".ckpt":
+        from deltune.adapters.files.mytransformers import load_mytransformers
+
+        return load_mytransformers(model, folder, name=name, trainable=trainable)
     folder = _find(Path(folder), name)
     with _at(folder / CONFIG_FILE):
         fields = _read_json(folder / CONFIG_FILE)
