@@ -24,7 +24,7 @@ from deltune.adapters.attach import (
     unmerge,
 )
 from deltune.adapters.config import METHODS, named
-from deltune.adapters.experts import ExpertLora, Experts
+from deltune.adapters.experts import ExpertLora, Experts, PlusProduct
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.methods.lora import LoraConfig
 from deltune.adapters.wrapper import wrappers
@@ -402,3 +402,15 @@ def test_a_merge_over_time_and_a_conversion_go_to_each_expert():
     for name in ("both", "dense"):
         switch(model, name)
         assert far(answers(model), both) < 1e-5
+
+
+@every
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_lora_never_makes_a_weight_of_an_experts_size(kind, way, monkeypatch):
+    def refused(self):
+        raise AssertionError("the sum was made")
+
+    monkeypatch.setattr(PlusProduct, "dense", refused)
+    model = attach(attach(made(kind, torch.float32, way), lora(targets=["experts"])), lora(rank=3), name="second")
+    answers(model).sum().square().backward()
+    assert all(p.grad is not None for p in trainable(model).values())

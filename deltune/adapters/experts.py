@@ -7,6 +7,7 @@ while it runs, its attribute is a stand-in that acts as W + ΔW in whatever the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -377,14 +378,14 @@ def _matmul(first: Any, second: Any) -> Any:
     return NotImplemented
 
 
-def _grouped(x: Any, weight: Any, **settings: Any) -> Any:
-    if not isinstance(weight, PlusProduct) or isinstance(x, StandIn) or settings.keys() - {"offs"}:
+def _grouped(x: Any, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if not isinstance(weight, PlusProduct) or isinstance(x, StandIn) or bias is not None or out_dtype is not None:
         return NotImplemented
-    product = torch.nn.functional.grouped_mm
+    product = functools.partial(F.grouped_mm, offs=offs)
     # kernels want rows of a multiple of 16 bytes, and columns of zeros change nothing
     more = -weight.left.shape[-1] % WIDTH
     left, right = F.pad(weight.left, (0, more)), F.pad(weight.right, (0, 0, 0, more))
-    return product(x, weight.stored, **settings) + product(product(x, left, **settings), right, **settings)
+    return product(x, weight.stored) + product(product(x, left), right)
 
 
 # torch's functions that an expert's weight goes through, each to the way that keeps the sum apart
