@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from deltune.adapters.attach import attach, extra_loss, merge, trainable
-from deltune.adapters.config import named
+from deltune.adapters.config import OverTime, named
 from deltune.adapters.files import load_adapter, save_adapter
+from deltune.adapters.schedules import over_time
 from deltune.adapters.wrapper import wrappers
 from deltune.errors import AdapterError
 from tests.peft_twin import held_to_peft
@@ -114,6 +115,29 @@ def test_an_inttune_file_holds_the_core_alone(tmp_path):
     assert [tensor.shape for tensor in load_file(tmp_path / "adapter_model.safetensors").values()] == [(3, 3)]
     x = torch.ones(1, N_IN, dtype=torch.float64)
     assert torch.equal(load_adapter(layer(0.1), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("method", ["nlora", "inttune"])
+def test_what_was_cut_out_of_w_stays_where_the_base_follows_the_change(method):
+    model = layer(0.15)
+    W = model[0].weight.detach().clone()
+    attach(model, named(method, rank=3, alpha=1.5, dtype="auto", schedule=OverTime(name="delta_lora", begin=0, ratio=2.0)))
+    delta, schedule = model[0].adapters["default"], over_time(model)
+    for step in (1, 2):
+        schedule.before_update(step)
+        with torch.no_grad():
+            for i, p in enumerate(delta.parameters()):
+                p.add_(torch.linspace(-0.1 * step, 0.2 + i, p.numel(), dtype=p.dtype).view_as(p))
+        schedule.after_step(step)
+    A, B = (W[:3], W[:, :3]) if method == "inttune" else (delta.lora_A, delta.lora_B)
+    change = summed(B, delta.lora_N, A, 0.5) - summed(W[:, :3], W[:3, :3], W[:3], 0.5)
+    assert (delta.delta(None) - change).abs().max() < 1e-9
+    assert (model[0].base_layer.weight - (W + 2 * change)).abs().max() < 1e-9
+
+
+def test_sloras_zero_start_has_nothing_to_subtract():
+    with pytest.raises(AdapterError, match="residual has no effect with mode=slora, which starts at zero"):
+        attach(layer(), named("slora", residual=False))
 
 
 @pytest.mark.parametrize("rank", [16, 128])

@@ -104,6 +104,10 @@ class NLoraConfig(RankedConfig):
     def delta_class() -> type[Delta]:
         return NLora
 
+    def problems(self) -> list[str]:
+        idle = self.mode == "slora" and not self.residual
+        return super().problems() + (["residual has no effect with mode=slora, which starts at zero"] if idle else [])
+
 
 @dataclass(frozen=True)
 class NoraConfig(RankedConfig):
@@ -227,7 +231,7 @@ class NLora(Cored):
 
     def build(self) -> None:
         mode = self.config.mode
-        self.cuts = mode != "slora"
+        self.cuts, self.kept = mode != "slora", False
         if self.cuts:
             self.check_rank()
         self.declare_factors(trained=mode != "inttune", saved=mode != "inttune")
@@ -268,9 +272,16 @@ class NLora(Cored):
             )
         for name, tensor in cut.items():
             getattr(self, f"lora_{name}").copy_(tensor)
+        self.keep(W)
 
     @torch.no_grad()
     def ready(self, W: Tensor) -> None:
+        if not self.kept:  # where the base moves, what was cut at the start stays
+            self.keep(W)
+
+    def keep(self, W: Tensor) -> None:
+        """The frozen slices."""
+        self.kept = True
         for name, tensor in self.cut(W).items():
             if self.subtracts and (name == "N" or self.config.mode == "nlora"):
                 getattr(self, f"first_{name}").copy_(tensor)
