@@ -119,7 +119,7 @@ DEFAULTS = {
     "lora_xs": {"init_std": 0},
     "kasa": {"alpha": 16, "beta": 1e-4, "gamma": 1e-3, "init": "zero"},
     "sinelora": {"omega": 200, "gain": None},
-    "loran": {"freq": 1e4, "wave": "relu", "on": "weight"},
+    "loran": {"amplitude": 5e-5, "freq": 1e4, "wave": "relu", "on": "weight"},
     "loda": {"slope": 0.8, "plus": False},
     "loda_plus": {"slope": 0.8, "plus": True},
     "aurora": {"rank": 2, "alpha": 4, "mode": "dynamic"},

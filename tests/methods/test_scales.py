@@ -100,6 +100,12 @@ def test_ia3_scales_inputs_of_feed_forward_layers_and_outputs_and_biases_of_othe
         assert (merge(model)(x) - expected).abs().max() < 1e-12
 
 
+def test_a_feed_forward_layer_that_is_none_of_the_adapted_is_an_error():
+    with pytest.raises(AdapterError, match=r"feed_forward: 'down_prj' matches none of the adapted modules, e\.g\. model\.layers\.0\."):
+        attach(tiny_model(), named("ia3", targets=LLAMA, feed_forward=["down_prj"]))
+    attach(tiny_model(), named("ia3", targets=["k_proj", "v_proj"]))  # the default names many models' layers
+
+
 def test_a_small_step_from_one_is_not_lost_in_bfloat16():
     """1 + 1e-3 is 1 in bfloat16; the distance from 1 is kept apart."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)

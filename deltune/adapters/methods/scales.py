@@ -7,7 +7,7 @@ type keeps where 1 + a small step would be rounded away.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,15 @@ class Ia3(Delta):
         fields=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),
         lacks=frozenset({"bias", "layers_to_transform", "layers_pattern"}),
     )
+
+    @classmethod
+    def check(cls, config: Ia3Config, names: Sequence[str]) -> None:
+        wanted = config.feed_forward
+        if isinstance(wanted, str) or wanted == SECOND_FEED_FORWARD:  # the default is a list for many models
+            return
+        for name in wanted:
+            if not any(ends_with(place, name) for place in names):
+                raise AdapterError(f"feed_forward: {name!r} matches none of the adapted modules, e.g. {names[0]}")
 
     def build(self) -> None:
         names = self.config.feed_forward
