@@ -142,8 +142,9 @@ class Frod(Delta):
 
     @torch.no_grad()
     def ready(self, W: Tensor) -> None:
-        if not self.measured:
+        if not self.measured:  # once: where the base moves, U and λ₀ stay
             self._measure(W)
+            self.measured = True
 
     def _measure(self, W: Tensor) -> None:
         """U and λ₀ with W = U·diag(λ₀)·Vᵀ."""
