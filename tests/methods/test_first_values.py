@@ -70,6 +70,8 @@ STARTS = [
     ("waveft", {}, {"coefficients": zero}),
     ("waveft", {"init": "normal"}, {"coefficients": normal(0.01)}),
     ("c3a", {"block_size": 64}, {"c3a_kernel": uniform((6 / (N_IN + N_OUT)) ** 0.5)}),
+    ("c3a", {"block_size": 64, "init": "kaiming"}, {"c3a_kernel": KU}),
+    ("c3a", {"block_size": 64, "init": "gaussian"}, {"c3a_kernel": normal(1.0)}),
     ("glora", {}, {"A_Xd": zero, "A_Xu": KU, "B_Xd": zero, "B_Xu": KU, "C_Xd": zero, "D_X": zero, "E_X": zero}),
     ("adamss", {}, {"adamss_B": zero}),
     ("svft", {"gate": True}, {"svft_M": zero, "svft_gate": zero}),
@@ -99,6 +101,54 @@ def test_a_pair_of_reflections_starts_as_equals():
     model = attach(nn.Sequential(nn.Linear(12, 6)), named("hra", targets=["0"]))
     u = model[0].adapters["default"].hra_u
     assert torch.equal(u[:, 0::2], u[:, 1::2]) and not torch.equal(u[:, 0], u[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("oft", {"eps": 1e-3}), ("oft", {"bound": "peft"}), ("oft", {"terms": 6}), ("hra", {"exact_start": False}),
+        ("svft", {"off_diagonals": 2}), ("psoft", {"terms": 6}), ("psoft", {"bound": 0.5}), ("psoft", {"orthogonal": False, "cayley": "neumann", "terms": 6}),
+        ("tinylora", {"init_bound": 0.1}), ("adamss", {"threshold": 0.2}),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(method, fields):
+    assert any("has no effect" in problem for problem in named(method, **fields).problems())
+
+
+DEFAULTS = {
+    "svft": {"pattern": "plain", "off_diagonals": 16, "rank": 0, "gate": False},
+    "psoft": {"rank": 32, "orthogonal": True, "strength_in": True, "strength_out": True, "terms": 5},
+    "tinylora": {"rank": 2, "weight_tying": 0.0, "init": "zeros", "projection_seed": 42},
+    "osf": {"kept": 0.5},
+    "adamss": {"rank": 100, "num_subspaces": 5, "subspace_rank": 1, "dynamic_rank": False},
+    "glora": {"rank": 8, "form_ab": "lora", "form_c": "lora", "form_de": "constant"},
+    "oft": {"block_size": 32, "cayley": "exact", "coft": False, "block_share": False},
+    "oftv2": {"cayley": "neumann", "terms": 5},
+    "boft": {"block_size": 4},
+    "hra": {"rank": 8, "gram_schmidt": False},
+    "loha": {"rank": 8, "alpha": 8.0},
+    "lokr": {"rank": 8, "alpha": 8.0, "factor": -1, "decompose_both": False, "zero": "first"},
+    "hira": {"rank": 32},
+    "delora": {"rank": 8, "boundary": 8.0, "boundary_lr_ratio": 0.5, "init": "frozen"},  # for Llama-2: λ 8, learning rates 1e-2 and 5e-3
+    "mora": {"form": "rope"},
+    "miss": {"rank": 64},
+    "miss_mini": {"mini_rank": 64},
+    "c3a": {"block_size": 256, "init": "xavier"},
+    "melora": {"alpha": 16.0, "rank_counts": "block"},
+    "gralora": {"rank": 32, "alpha": 64.0, "blocks": 2, "hybrid_rank": 0},
+    "prolora": {"alpha": 16.0, "unshared": None, "repeat_in": 2, "repeat_out": 2},
+    "shira": {"rank": 32, "mask": "random"},
+    "supertuning": {"sparsity": 0.99, "select": "top", "rank": None, "alpha": None},
+    "fourierft": {"n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777, "init": "normal"},
+    "waveft": {"n_frequency": 2592, "scaling": 25.0, "random_loc_seed": 777, "wavelet": "db1", "init": "zero"},
+}
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_settings_are_those_of_the_paper_or_of_peft(method):
+    config = named(method)
+    assert {key: getattr(config, key) for key in DEFAULTS[method]} == DEFAULTS[method]
 
 
 # ---------------------------------------------------------------- what PEFT means where a file is silent

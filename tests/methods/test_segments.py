@@ -101,11 +101,11 @@ def test_the_clusters_are_scikit_learns():
 
 
 def test_rows_fall_into_the_clusters_that_are_there_and_none_is_empty():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)  # from some draws Lloyd's stops with one of them cut in two
     centres = 10 * torch.randn(3, 4, generator=generator)
     rows = centres.repeat_interleave(5, dim=0) + 0.1 * torch.randn(15, 4, generator=generator)
     found = clusters(rows, 3)
-    assert sorted(found.bincount().tolist()) == [5, 5, 5] or len(found.unique()) == 3  # Lloyd's can stop in a local optimum
+    assert sorted(found.bincount().tolist()) == [5, 5, 5] and all(len(set(part.tolist())) == 1 for part in found.split(5))
     assert torch.equal(found, clusters(rows, 3))
     same = torch.ones(6, 2)  # every row equal: two clusters would get none
     assert clusters(same, 3).max() < 3

@@ -83,6 +83,12 @@ class OftConfig(BlocksConfig):
     def delta_class() -> type[Delta]:
         return Oft
 
+    def problems(self) -> list[str]:
+        idle = [f"{key} has no effect without coft=true" for key, default in (("eps", 6e-5), ("bound", "authors")) if not self.coft and getattr(self, key) != default]
+        if self.cayley == "exact" and self.terms != 5:
+            idle.append("terms has no effect: it belongs to cayley=neumann")
+        return [*idle, *super().problems()]
+
 
 @dataclass(frozen=True)
 class BoftConfig(BlocksConfig):
@@ -174,7 +180,7 @@ class Blocks(Delta):
         self.num = config.blocks or n // config.block_size
         if self.size * self.num != n:
             which, value = ("block_size", config.block_size) if config.block_size else ("blocks", config.blocks)
-            fitting = [d for d in range(2, min(n, 256) + 1) if n % d == 0]
+            fitting = [d for d in range(2, min(n, 256) + 1) if n % d == 0] or [n]
             raise AdapterError(f"{self.site.name}: {which} {value} does not divide its {n} inputs; {', '.join(map(str, fitting))} do")
 
     def turned(self, x: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ def _oft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "block_dropout": fields.get("module_dropout", 0.0),
         "coft": bool(fields.get("coft")),
         "bound": "peft" if fields.get("coft") else "authors",
-        "eps": fields.get("eps", 6e-5),
+        "eps": fields.get("eps", 6e-5) if fields.get("coft") else 6e-5,
         "block_share": bool(fields.get("block_share")),
         "cayley": "neumann" if series else "exact",
         "terms": max(4, terms) if series else 5,  # PEFT adds up the same for 3 as for 4

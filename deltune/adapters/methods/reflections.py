@@ -51,6 +51,10 @@ class HraConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Hra
 
+    def problems(self) -> list[str]:
+        idle = ["exact_start has no effect without gram_schmidt=true"] if not self.exact_start and not self.gram_schmidt else []
+        return [*idle, *super().problems()]
+
 
 def _hra_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"rank": fields.get("r", 8), "gram_schmidt": bool(fields.get("apply_GS")), "exact_start": not fields.get("apply_GS")}

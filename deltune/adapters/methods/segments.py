@@ -55,6 +55,10 @@ class AdamssConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Adamss
 
+    def problems(self) -> list[str]:
+        idle = ["threshold has no effect without dynamic_rank=true"] if not self.dynamic_rank and self.threshold != 0.1 else []
+        return [*idle, *super().problems()]
+
 
 @dataclass(frozen=True)
 class GloraConfig(AdapterConfig):
@@ -139,7 +143,7 @@ def _adamss_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_subspaces": fields.get("num_subspaces", 5),
         "subspace_rank": fields.get("subspace_rank", 1),
         "dynamic_rank": bool(fields.get("use_dynamic_rank")),
-        "threshold": fields.get("svd_threshold", 0.1),
+        "threshold": fields.get("svd_threshold", 0.1) if fields.get("use_dynamic_rank") else 0.1,
         "svd_seed": fields.get("random_seed", 0),
     }
 

@@ -76,6 +76,10 @@ class SvftConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Svft
 
+    def problems(self) -> list[str]:
+        idle = ["off_diagonals has no effect: pattern=plain has none"] if self.pattern == "plain" and self.off_diagonals != 16 else []
+        return [*idle, *super().problems()]
+
 
 @dataclass(frozen=True)
 class PsoftConfig(AdapterConfig):
@@ -98,6 +102,11 @@ class PsoftConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Psoft
 
+    def problems(self) -> list[str]:
+        series = self.orthogonal and self.cayley == "neumann"
+        idle = [f"{key} has no effect: it belongs to cayley=neumann" for key, default in (("terms", 5), ("bound", None)) if not series and getattr(self, key) != default]
+        return [*idle, *super().problems()]
+
 
 @dataclass(frozen=True)
 class TinyLoraConfig(AdapterConfig):
@@ -116,6 +125,10 @@ class TinyLoraConfig(AdapterConfig):
     @staticmethod
     def delta_class() -> type[Delta]:
         return TinyLora
+
+    def problems(self) -> list[str]:
+        idle = ["init_bound has no effect: it belongs to init=uniform"] if self.init != "uniform" and self.init_bound != 0.02 else []
+        return [*idle, *super().problems()]
 
 
 def at_most(delta: Delta, rank: int) -> None:
@@ -221,7 +234,7 @@ def _psoft_to_peft(config: PsoftConfig) -> dict[str, Any]:
 
 
 def _psoft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-    series, terms = bool(fields.get("use_cayley_neumann")), fields.get("num_cayley_neumann_terms", 5)
+    series, terms = bool(fields.get("use_cayley_neumann")) and fields.get("psoft_orth", True), fields.get("num_cayley_neumann_terms", 5)
     if series and terms < 3:
         raise AdapterError(f"num_cayley_neumann_terms is {terms}; PEFT's sum of so few terms is no part of the series, and is not supported")
     return {
@@ -236,7 +249,7 @@ def _psoft_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "strength_out": fields.get("psoft_mag_b", True),
         "cayley": "neumann" if series else "exact",
         "terms": max(4, terms) if series else 5,  # PEFT adds up the same for 3 as for 4
-        "bound": fields.get("cayley_neumann_eps"),
+        "bound": fields.get("cayley_neumann_eps") if series else None,
     }
 
 
@@ -381,7 +394,7 @@ def _tiny_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         "weight_tying": float(fields.get("weight_tying", 0.0)),
         "projection_seed": fields.get("projection_seed", 42),
         "save_projection": fields.get("save_projection", True),
-        "init_bound": fields.get("init_v_bound", 0.02),
+        "init_bound": fields.get("init_v_bound", 0.02) if fields.get("init_weights") == "uniform" else 0.02,
         "init": "uniform" if fields.get("init_weights") == "uniform" else "zeros",  # False starts from what is in memory
         "dropout": fields.get("tinylora_dropout", 0.0),
     }
