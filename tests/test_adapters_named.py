@@ -30,6 +30,21 @@ def test_choices_compose_over_a_name(tmp_path):
     assert load_run(["adapter.delta=dora"], tmp_path / "my.yaml").adapter == adapter
 
 
+def test_a_name_takes_the_place_of_another_whole(tmp_path):
+    (tmp_path / "my.yaml").write_text("adapter: {method: lora_plus, scaling: rslora}\nmodel: bundled", encoding="utf-8")
+    run = load_run(["adapter=pissa"], tmp_path / "my.yaml")
+    assert run.optim.rule == "none" and run.adapter.init == "pissa"
+    assert run.adapter.scaling == "rslora"  # which the file states by itself
+    assert load_run(["adapter=lora"], tmp_path / "my.yaml").optim.rule == "none"
+    assert load_run([], tmp_path / "my.yaml").optim.rule == "lora_plus"
+
+
+def test_a_section_within_the_section_is_named_by_its_main_key():
+    assert load_run(["adapter=loha", "adapter.schedule=relora", "adapter.schedule.every=7"]).adapter.schedule.every == 7
+    with pytest.raises(ConfigError, match=r"adapter\.schedule\.name=reloraa .*relora"):
+        load_run(["adapter.schedule=reloraa"])
+
+
 def test_a_name_or_field_that_does_not_exist_is_refused_with_what_does():
     with pytest.raises(AdapterError, match="no method 'rs_lora'; nearest: rslora"):
         deltune.method("rs_lora")

@@ -180,6 +180,9 @@ class _Composer:
         value = stated.value
         if self.is_method(path):  # `adapter.method=pissa` says the same as `adapter=pissa`
             path = path[:1]
+        inner = self.primary_within(path)
+        if inner is not None and not isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
+            path = (*path, inner)
         if len(path) > 1 or not self.is_section(path[0]):
             if path == PRESET:
                 self.judge_preset(stated)
@@ -208,6 +211,14 @@ class _Composer:
     def is_method(self, path: KeyPath) -> bool:
         table = self.table(path[0]) if path[0] in self.fields else None
         return len(path) == 2 and path[1] == "method" and table is not None and table.named is not None
+
+    def primary_within(self, path: KeyPath) -> str | None:
+        """The key that a plain value means, where the path is a section within a section (`adapter.schedule=relora`)."""
+        table = self.table(path[0]) if path[0] in self.fields else None
+        if len(path) != 2 or table is None or table.base is None:
+            return None
+        field = next((field for field in dataclasses.fields(table.base) if field.name == path[1]), None)
+        return field.metadata.get("primary") if field is not None else None
 
     def names(self, group: str) -> list[str]:
         """What `group=name` can choose: the group's files, and the table's named sets of choices."""
@@ -276,6 +287,10 @@ class _Composer:
         """Where a layer chooses another option, keys below it that the option does not have fall away, with a warning.
         Where it switches the section off, all of them do."""
         key = (name, table.key)
+        by_name = f"{name}="
+        if table.named and any(stated.origin.startswith(by_name) for stated in layer.values()):
+            for path in [path for path in state if state[path].origin.startswith(by_name)]:
+                del state[path]  # another named set of choices takes the place of the lower one, whole
         if (name,) in layer:
             for path in [path for path in state if path[0] == name]:
                 del state[path]
