@@ -185,22 +185,34 @@ class Delta(nn.Module):
         """The adapted layer's output. Override (with `additive = False`) to act on the layer's input or to multiply its
         output; input dropout is then `base.drop(x)`, on what the adapter sees of x."""
         if self.goes_in_one(x) and base.bare:
-            W = base.weight()
-            return F.linear(x, W + self.delta(W), base.bias())
+            return self.in_one(x, base.weight(), base.bias())
         y = base(x)
         W = base.weight() if self.reads_base else None
         return y + self.out(base.drop(x), W).to(y.dtype)
 
-    @property
-    def forms_delta(self) -> bool:
-        """Whether `out` is a product with ΔW, which is formed for it. Override where `out` is, and does so."""
+    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """(W + ΔW) x + b, asked for where `goes_in_one`."""
+        return F.linear(x, W + self.delta(W), b)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        """Whether `out` is a product with ΔW, which is formed for it, or for this many tokens would better be. Override
+        where `out` is, and does so."""
         return type(self).out is Delta.out
+
+    def pays_to_form(self, x: Tensor, *, apart: int, forming: int) -> bool:
+        """Whether ΔW is cheaper formed and joined to W than its factors are on x, by the multiplications of a step.
+
+        `apart`: those that a token takes in the factors, forward and back. `forming`: those that ΔW takes, forward and
+        back. Joined, a token takes in·out besides, for the gradient of ΔW.
+        """
+        tokens = x.numel() // max(1, x.shape[-1])
+        return tokens * self.site.n_in * self.site.n_out + forming < tokens * apart
 
     def goes_in_one(self, x: Tensor) -> bool:
         """Whether (W + ΔW) x may be computed in place of W x + ΔW x, at half the cost: ΔW is formed anyway, and the sum
         is rounded as finely as the products are. In shorter types it is not: a small ΔW would vanish in W."""
         whole = x.dtype == self.site.dtype and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        return whole and self.forms_delta and self.site.kind == "linear" and not (self.config.dropout and self.training)
+        return whole and self.forms_delta(x) and self.site.kind == "linear" and not (self.config.dropout and self.training)
 
     @property
     def adds_bias(self) -> bool:

@@ -284,6 +284,43 @@ def test_a_change_that_is_formed_anyway_goes_into_one_product_with_the_weight():
         assert not delta.goes_in_one(x.float())
 
 
+FORMED = {
+    "hira": {"rank": 2}, "miss_bat": {"rank": 2}, "sinelora": {"rank": 2}, "loran": {"rank": 2}, "glora": {"rank": 2}, "loha": {"rank": 9},
+    "svft": {}, "svft_random": {"off_diagonals": 2}, "frod": {"sparse_rate": 0.1}, "randlora": {"rank": 8}, "osf": {"kept": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", FORMED)
+def test_one_product_gives_what_the_factors_give(method):
+    """Value and gradients, of the input too, with as many tokens as it takes; a hook on the layer makes it take the factors."""
+    x = torch.randn(4, 4000, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model, delta = adapted(method, n_in=24, n_out=16, shake=0.1, **FORMED[method])
+    assert delta.goes_in_one(x)
+    weights = torch.randn(4, 4000, 16, dtype=torch.float64)
+
+    def answers():
+        y = model(x)
+        return y, *torch.autograd.grad((y * weights).sum(), [x, *trainable(model).values()])
+
+    one = answers()
+    model[0].base_layer.register_forward_hook(lambda *_: None)
+    for mine, theirs in zip(one, answers(), strict=True):
+        assert (mine - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("method", FORMED)
+def test_one_product_starts_at_the_weight_itself(method):
+    x = torch.randn(16000, 24)
+    model, delta = adapted(method, n_in=24, n_out=16, shake=0.0, dtype=torch.float32, **FORMED[method])
+    assert delta.goes_in_one(x) and torch.equal(model(x), layer(24, 16, dtype=torch.float32)(x))
+
+
+@pytest.mark.parametrize("method", ["svft", "svft_random", "frod", "osf"])
+def test_one_token_goes_through_the_factors(method):
+    _, delta = adapted(method, n_in=24, n_out=16, **FORMED[method])
+    assert not delta.goes_in_one(torch.randn(1, 1, 24, dtype=torch.float64))
+
+
 def test_a_small_change_is_not_lost_in_a_short_weight():
     """Steps far below the weight's own resolution act in bfloat16, as they would not if they were added to it."""
     model = attach(layer(dtype=torch.bfloat16), named("hira", targets=["0"], rank=1))

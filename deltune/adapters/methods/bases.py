@@ -141,6 +141,11 @@ class RandLora(Delta):
         A, B = A.flatten(0, 1), B.flatten(1)
         return (B, A, self.scale) if self.smallest == self.site.n_in else (A.T, B.T, self.scale)
 
+    def forms_delta(self, x: Tensor) -> bool:
+        rank = self.n * self.config.rank
+        apart = rank * (3 * self.smallest + 2 * self.largest)  # the larger factor is frozen
+        return self.pays_to_form(x, apart=apart, forming=2 * rank * self.smallest * self.largest)
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         left, right, scale = self.product()
         return F.linear(F.linear(x, right.to(x.dtype)), left.to(x.dtype)) * scale

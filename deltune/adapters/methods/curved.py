@@ -143,19 +143,18 @@ class EntrywiseOut(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, A, B, W)
         ctx.value, ctx.slope = value, slope
-        change = value(B @ A)
-        return F.linear(x, change.to(x.dtype) if W is None else change.add_(W), b)
+        change = value(B @ A).to(x.dtype)
+        return F.linear(x, change if W is None else change.add_(W), b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, W = ctx.saved_tensors
-        Z = B @ A
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            change = ctx.value(Z)
-            grad_x = grad @ (change.to(grad.dtype) if W is None else change.add_(W))
+            change = ctx.value(B @ A).to(grad.dtype)
+            grad_x = grad @ (change if W is None else change.add_(W))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            inner = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(Z.dtype) * ctx.slope(Z)  # [out, in]
+            inner = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(A.dtype).mul_(ctx.slope(B @ A))  # [out, in]
             grad_A, grad_B = B.T @ inner, inner @ A.T
         return grad_x, grad_A, grad_B, None, None, None, None
 
@@ -164,10 +163,11 @@ class Entrywise(Factored):
     """ΔW = value(BA), entry by entry, with its derivative `slope`."""
 
     def value(self, Z: Tensor) -> Tensor:
-        """A new tensor, which the caller may change."""
+        """Overwrites Z or not, and makes few tensors: on a CPU one of the weight's size costs more than the sines in it."""
         raise NotImplementedError
 
     def slope(self, Z: Tensor) -> Tensor:
+        """As `value`."""
         raise NotImplementedError
 
     def delta(self, W: Tensor | None) -> Tensor:
@@ -200,10 +200,10 @@ class SineLora(Entrywise):
         return self.scale / (math.sqrt(self.site.n_in) if self.config.gain is None else self.config.gain)
 
     def value(self, Z: Tensor) -> Tensor:
-        return torch.sin(self.config.omega * Z).mul(self.height)
+        return Z.mul_(self.config.omega).sin_().mul_(self.height)
 
     def slope(self, Z: Tensor) -> Tensor:
-        return torch.cos(self.config.omega * Z) * (self.height * self.config.omega)
+        return Z.mul_(self.config.omega).cos_().mul_(self.height * self.config.omega)
 
 
 class Loran(Entrywise):
@@ -214,17 +214,18 @@ class Loran(Entrywise):
         return "" if config.on == "weight" else "its wave is on the activations (on=activation), which no matrix does"
 
     def value(self, Z: Tensor) -> Tensor:
-        rho = F.relu(Z) if self.config.wave == "relu" else Z
-        return torch.addcmul(Z, rho, torch.sin(self.config.freq * Z), value=self.config.amplitude) * self.scale
+        # ρ(z)·sin(freq·z) as z·sin(freq·ρ(z)): the sine of zero is zero
+        wave = self.rho(Z).mul(self.config.freq).sin_()
+        return torch.addcmul(Z, Z, wave, value=self.config.amplitude).mul_(self.scale)
 
     def slope(self, Z: Tensor) -> Tensor:
-        amp, freq = self.config.amplitude, self.config.freq
-        angle = freq * Z
-        # d(z·sin(f·z)) = sin(f·z) + freq·z·cos(freq·z), where ρ is not flat
-        wave = torch.addcmul(torch.sin(angle), angle, torch.cos(angle))
-        if self.config.wave == "relu":
-            wave = wave * (Z > 0)
-        return wave.mul_(amp * self.scale).add_(self.scale)
+        # d(z·sin(freq·z)) = sin(freq·z) + freq·z·cos(freq·z), zero where ρ is
+        angle = self.rho(Z) * self.config.freq
+        wave = torch.sin(angle).addcmul_(angle, torch.cos(angle))
+        return wave.mul_(self.config.amplitude * self.scale).add_(self.scale)
+
+    def rho(self, Z: Tensor) -> Tensor:
+        return F.relu(Z) if self.config.wave == "relu" else Z
 
     def forms_delta(self, x: Tensor) -> bool:
         return self.config.on == "weight"

@@ -167,6 +167,10 @@ class Frod(Delta):
     def product(self) -> tuple[Tensor, Tensor, float]:
         return self.U, self.core() @ self.joint.frod_V.T, 1.0
 
+    def forms_delta(self, x: Tensor) -> bool:
+        n_in, n_out = self.site.n_in, self.site.n_out
+        return self.pays_to_form(x, apart=n_in * (5 * n_in + 2 * n_out), forming=2 * n_in**2 * (n_in + n_out))
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         z = F.linear(x, self.joint.frod_V.T.to(x.dtype))  # [..., in]
         return F.linear(F.linear(z, self.core().to(x.dtype)), self.U.to(x.dtype))

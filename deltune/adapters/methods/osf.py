@@ -143,6 +143,15 @@ class Osf(Delta):
         U, S, V = self.trained()
         return torch.cat([U * S, -self.U_first * self.S_first], dim=1), torch.cat([V, self.V_first]), 1.0
 
+    def delta(self, W: Tensor | None) -> Tensor:
+        U, S, V = self.trained()
+        # as in `out` two products, which cancel exactly where they are equal
+        return (U * S) @ V - (self.U_first * self.S_first) @ self.V_first
+
+    def forms_delta(self, x: Tensor) -> bool:
+        r, n_in, n_out = len(self.S_low), self.site.n_in, self.site.n_out
+        return self.pays_to_form(x, apart=5 * r * (n_in + n_out), forming=4 * r * n_in * n_out)
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         def through(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
             return F.linear(F.linear(x, V.to(x.dtype)) * S.to(x.dtype), U.to(x.dtype))

@@ -152,9 +152,11 @@ class Loha(Ranked):
     def delta(self, W: Tensor | None) -> Tensor:
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ (self.hada_w2_b * self.scale))
 
-    @property
-    def forms_delta(self) -> bool:
-        return not self.is_cheap_as_product
+    def forms_delta(self, x: Tensor) -> bool:
+        n_in, n_out = self.site.n_in, self.site.n_out
+        # an entry takes two products of rank r and their gradients, and some steps by itself, which are slow: as 64
+        forming = (6 * self.rank + 64) * n_in * n_out
+        return not self.is_cheap_as_product or self.pays_to_form(x, apart=3 * self.rank**2 * (n_in + n_out), forming=forming)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         if not self.is_cheap_as_product:
@@ -369,8 +371,7 @@ class Hira(Delta):
     def delta(self, W: Tensor) -> Tensor:
         return W * (self.hira_B @ self.hira_A)
 
-    @property
-    def forms_delta(self) -> bool:
+    def forms_delta(self, x: Tensor) -> bool:
         return True
 
     def out(self, x: Tensor, W: Tensor) -> Tensor:

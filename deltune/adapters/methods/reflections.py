@@ -121,15 +121,27 @@ class Hra(Delta):
         if not self.config.gram_schmidt:
             P, S = self.pairs()
             return x @ P.to(x.dtype) @ (S if back else S.mT).to(x.dtype) @ P.mT.to(x.dtype)
-        now = projection(self.hra_u)
-        if not self.undoes:
-            return -2 * _project(x, now)
-        first = projection(self.hra_start)
+        left, right = self.turn()
         if back:
-            moved = _project(x, now) - _project(x, first)
-            return -2 * (moved - 2 * _project(moved, first))
-        reflected = x - 2 * _project(x, first)
-        return -2 * (_project(reflected, now) - _project(reflected, first))
+            left, right = right.mT, left.mT
+        return x @ left.to(x.dtype) @ right.to(x.dtype)
+
+    def turn(self) -> tuple[Tensor, Tensor]:
+        """(L [in, k], M [k, in]) with rows x(R − I)ᵀ = x L M, where the reflections are orthogonal to each other.
+
+        With P = U V the projection of now and P₀ = U₀ V₀ that of the start, (I − 2P)(I − 2P₀) − I = −2(P − P₀)(I − 2P₀).
+        For rows on the left of it that is x(I − 2P₀)[U₀, U − U₀] times [V − V₀; V], which is zero to the bit at the start.
+        """
+        U, V = projection(self.hra_u)
+        if not self.undoes:
+            return U, -2 * V
+        U0, V0 = projection(self.hra_start)
+        with full_precision(U):
+            L = torch.cat([U0, U - U0], dim=1)
+            # x(I − 2P₀)L = x(L − 2U₀V₀L), and of that the columns of L are combinations: L S
+            S = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
+            S = torch.cat([S[: U0.shape[1]] - 2 * V0 @ L, S[U0.shape[1] :]])
+            return L, -2 * (S @ torch.cat([V - V0, V]))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return base(x + self.change(base.drop(x)))
@@ -152,8 +164,3 @@ def projection(U: Tensor) -> tuple[Tensor, Tensor]:
     with full_precision(U):
         gram = U.mT @ U + 8 * torch.finfo(U.dtype).eps * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
         return U, torch.linalg.solve(gram, U.mT)
-
-
-def _project(x: Tensor, onto: tuple[Tensor, Tensor]) -> Tensor:
-    left, right = onto
-    return x @ left.to(x.dtype) @ right.to(x.dtype)

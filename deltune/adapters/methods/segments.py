@@ -326,7 +326,16 @@ class Glora(Delta):
             return getattr(self, f"{name}_Xd") @ getattr(self, f"{name}_Xu")
         return getattr(self, f"{name}_X")
 
+    def forms_delta(self, x: Tensor) -> bool:
+        return self.forms["A"] == "lora"
+
+    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        change = self.bias_delta(W, b)
+        return F.linear(x, W + self.delta(W), b if change is None else b + change)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.goes_in_one(x) and base.bare:
+            return self.in_one(x, base.weight(), base.bias())
         y, seen = base(x), base.drop(x)
         bias = base.bias()
         out = y
@@ -346,7 +355,7 @@ class Glora(Delta):
 
     def delta(self, W: Tensor) -> Tensor:
         A, B = self.path("A"), self.path("B")
-        return torch.zeros_like(W) if A is None else W * A + B
+        return torch.zeros_like(W) if A is None else torch.addcmul(B, W, A)
 
     def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
         if bias is None:

@@ -197,6 +197,12 @@ class Svft(Delta):
             return self.svft_U * self.values(), self.svft_V, 1.0
         return self.svft_U @ self.middle(), self.svft_V, 1.0
 
+    def forms_delta(self, x: Tensor) -> bool:
+        n, n_in, n_out = self.n, self.site.n_in, self.site.n_out
+        plain = self.config.pattern == "plain"
+        apart = 2 * n * (n_in + n_out) + (0 if plain else 3 * n * n)
+        return self.pays_to_form(x, apart=apart, forming=2 * n * n_out * (n_in if plain else n_in + n))
+
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         z = F.linear(x, self.svft_V.to(x.dtype))  # [..., n]
         z = z * self.values().to(x.dtype) if self.config.pattern == "plain" else F.linear(z, self.middle().to(x.dtype))
