@@ -41,13 +41,11 @@ def make_model(dtype: torch.dtype) -> nn.Module:
 
 
 def config_of(method: str) -> Any:
-    from deltune.adapters.config import named
+    from deltune.adapters.config import METHODS, named
 
-    config = named(method, **({"token_indices": [*range(16)]} if method == "trainable_tokens" else {}))
+    config = named(method, **METHODS[method].example)
     names = {field.name for field in dataclasses.fields(config)}
-    # a Llama has no biases of its own, so BitFit gives one to every layer
-    changes = {**({"rank": RANK} if "rank" in names else {}), **({"targets": "all-layers", "add": True} if method == "bitfit" else {})}
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, rank=RANK) if "rank" in names else config
 
 
 class Candidate:

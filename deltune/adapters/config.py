@@ -96,6 +96,7 @@ class Method:
     formula: str
     start: float = 0.0  # largest relative change of a layer's output when it starts, in the tests' toy layers
     small: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # values that fit layers 8 and 12 wide, for tests
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what must be said besides, on a Llama, to put it on
     note: str = ""  # for the catalogue page: what the sources leave open, where we depart from them
 
     @property

@@ -106,7 +106,7 @@ def rule_problem(config: AdapterConfig | None, rule: str) -> str | None:
     if rule == "none":
         return None
     if config is None:
-        return f"rule has no effect with adapter=null: it is about an adapter's pair (A, B)"
+        return "rule has no effect with adapter=null: it is about an adapter's pair (A, B)"
     delta = config.delta_class()
     if delta.factors is None:
         return f"rule has no effect on {config.delta}: it is about a pair (A, B) with ΔW = s·B·A, which this change is not made of"

@@ -95,10 +95,8 @@ def _row(method: Method, cost: dict[str, float] | None, llama: Any) -> str:
     from deltune.adapters.attach import attach, detach, trainable
     from deltune.adapters.files.peft import OWN, form_for
 
-    config = named(method.name)
+    config = named(method.name, **method.example)
     delta = config.delta_class()
-    if config.targets == "all-biases":  # a Llama has none of its own, so this gives one to every layer
-        config = dataclasses.replace(config, targets="all-layers", add=True)
     attach(llama, config)
     trained = sum(parameter.numel() for parameter in trainable(llama).values())
     reads = "each step" if delta.reads_base or config.magnitude else "start" if _start_reads(llama) else "–"

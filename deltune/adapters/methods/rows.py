@@ -27,6 +27,7 @@ METHODS = {
     "trainable_tokens": {
         "choices": {"delta": "trainable_tokens"},
         "paper": "PEFT, TrainableTokens (no paper)",
+        "example": {"token_indices": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]},
         "formula": "W[i, :] = vᵢ for the given tokens i, in the embedding and in a head tied to it",
         "small": {"token_indices": [1, 5, 3, 10]},
         "note": "Several at once add up their changes of a row; PEFT refuses rows that two adapters train.",

@@ -23,6 +23,7 @@ METHODS = {
     "bitfit": {
         "choices": {"delta": "bitfit"},
         "paper": "arXiv:2106.10199",
+        "example": {"targets": "all-layers", "add": True},
         "formula": "b' = b + Δb",
         "note": "Every bias that the model has, of linear layers and norms. Of Llama's layers none has one; add=true gives one to each target, and the adapter then cannot be merged.",
     },
