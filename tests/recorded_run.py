@@ -16,7 +16,7 @@ CONFIG = {
     "seed": 42,
     "model": {"path": "bundled", "dtype": "auto"},
     "data": {"train": ["words.jsonl"], "mode": "sft", "max_length": 256},
-    "adapter": {"method": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear"},
+    "adapter": {"delta": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear"},
     "optim": {"name": "adamw", "lr": 0.002, "weight_decay": 0.0},
     "schedule": {"name": "cosine", "warmup": 0.03},
     "engine": {"name": "single", "precision": "fp32"},

@@ -273,8 +273,8 @@ def test_auto_stores_the_adapter_in_the_bases_type(method):
 def test_dropout_is_off_in_eval_and_on_in_training(method):
     config = config_of(method)
     dropping = dataclasses.replace(config, dropout=0.5)
-    if not named(method).delta_class().takes_dropout:
-        with pytest.raises(AdapterError, match="dropout has no effect"):
+    if dropping.problems():  # a method that drops nothing, or one whose mathematics it would break, says so
+        with pytest.raises(AdapterError, match=r"dropout (has no effect|cannot go)"):
             attach(model_of(), dropping)
         return
     plain, model = shaken(attach(model_of(), config)), shaken(attach(model_of(), dropping))

@@ -211,7 +211,7 @@ class Delta(nn.Module):
     def goes_in_one(self, x: Tensor) -> bool:
         """Whether (W + ΔW) x may be computed in place of W x + ΔW x, at half the cost: ΔW is formed anyway, and the sum
         is rounded as finely as the products are. In shorter types it is not: a small ΔW would vanish in W."""
-        whole = x.dtype == self.site.dtype and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        whole = x.dtype == self.site.dtype and x.dtype in (torch.float32, torch.float64) and not in_autocast(x.device)
         return whole and self.forms_delta(x) and self.site.kind == "linear" and not (self.config.dropout and self.training)
 
     @property
@@ -256,6 +256,12 @@ class Delta(nn.Module):
         state = self.state_dict()
         for name, leaf in self.leaves().items():
             state[name].copy_(tensors[leaf])
+
+
+def in_autocast(device: torch.device) -> bool:
+    """Whether products are taken in a shorter type here. The meta device stands for any other, and has no autocast of its own."""
+    kinds = ("cpu", "cuda") if device.type == "meta" else (device.type,)
+    return any(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 def storage_of(config: AdapterConfig, site: Site) -> dict[str, Any]:

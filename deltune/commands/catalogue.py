@@ -150,7 +150,8 @@ def _refused() -> Iterator[str]:
     from deltune.adapters.legal import RULES
 
     for rule in RULES:
-        yield f"- {(rule.__doc__ or rule.__name__.replace('_', ' ')).strip()}"
+        yield f"- {rule.__doc__}"
+    yield "- `optim.rule` with a method that has no pair (A, B), or does not train what the rule is about."
 
 
 if __name__ == "__main__":  # make docs

@@ -23,7 +23,17 @@ def description(run: Any, engine: Any, data: Any, model: Any) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "data": data.report.to_dict(),
+        **({} if run.adapter is None or run.result == "model" else {"adapter": adapter(run.adapter)}),
     }
+
+
+def adapter(config: Any) -> dict[str, Any]:
+    """The method by its name, the library that reads its file, and whether it can be merged."""
+    from deltune.adapters.config import name_of
+    from deltune.adapters.files.peft import OWN, form_for
+
+    library = "deltune" if form_for(config).type.startswith(OWN) else "peft"
+    return {"method": name_of(config), "library": library, "merges": not config.delta_class().no_matrix(config)}
 
 
 def versions() -> dict[str, str]:

@@ -54,11 +54,19 @@ def loading_code(run: records.Records) -> list[tuple[str, str]]:
     begin += "model = AutoModelForCausalLM.from_pretrained(base)\ntokenizer = AutoTokenizer.from_pretrained(base)\n"
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     adapter = f"{folder}/adapter"
-    return [
+    facts = _adapter(run)
+    ways = [
         ("With PEFT", f"from peft import PeftModel\n{imports}\n{begin}model = PeftModel.from_pretrained(model, {adapter!r})\n"),
         ("With Deltune", f"import deltune\n{imports}\n{begin}deltune.load_adapter(model, {adapter!r})\n"),
-        ("With Deltune's commands", commands + f"deltune merge run={place} out=merged\n"),
+        ("With Deltune's commands", commands + (f"deltune merge run={place} out=merged\n" if facts.get("merges", True) else "")),
     ]
+    return ways if facts.get("library", "peft") == "peft" else ways[1:]
+
+
+def _adapter(run: records.Records) -> dict[str, Any]:
+    """What is known of the adapter: `method`, `library` that reads its file, `merges`."""
+    known = run.description.get("adapter")
+    return known if isinstance(known, dict) else {}
 
 
 def _whole_model_code(folder: str) -> str:
@@ -75,13 +83,13 @@ def _whole_model_code(folder: str) -> str:
 def _front_matter(run: records.Records) -> str:
     import yaml
 
-    method = _method(run)
+    method = method_name(run)
     facts: dict[str, Any] = {}
     # hubs refuse a base_model that is no id of theirs, such as a local folder
     if _is_hub_id(base_model(run)):
         facts["base_model"] = base_model(run)
     facts |= {
-        "library_name": "peft" if method else "transformers",
+        "library_name": _adapter(run).get("library", "peft") if method else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["deltune", *([method] if method else []), run.config.get("data", {}).get("mode", "sft")],
     }
@@ -92,12 +100,13 @@ def _is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and path != "bundled" and not Path(path).exists()
 
 
-def _method(run: records.Records) -> str:
-    return (run.config.get("adapter") or {}).get("method", "")
+def method_name(run: records.Records) -> str:
+    """The adaptation method by its name; empty where the model's own weights were trained."""
+    return _adapter(run).get("method") or (run.config.get("adapter") or {}).get("delta", "")
 
 
 def _summary(run: records.Records) -> str:
-    base, method = base_model(run), _method(run)
+    base, method = base_model(run), method_name(run)
     what = f"A {code(method)} adapter for" if method else "All weights of"
     text = f"{what} {code(base)}" if base else what.removesuffix(" for").removesuffix(" of")
     trained_on = run.config.get("data", {}).get("train") or []
@@ -157,7 +166,7 @@ def _settings(run: records.Records) -> str:
 
 
 def _provenance(run: records.Records) -> str:
-    rest = {name: value for name, value in run.description.items() if name != "data"}
+    rest = {name: value for name, value in run.description.items() if name not in ("data", "adapter")}
     facts = display.flat_facts(rest)
     if run.outcome.get("loss_chain"):
         facts.append(("loss chain", run.outcome["loss_chain"]))

@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from deltune.training import display, records, storage
-from deltune.training.card import base_model, loading_code
+from deltune.training.card import base_model, loading_code, method_name
 from deltune.training.curves import smooth, spans_decades
 from deltune.training.report_style import STYLE
 from deltune.training.svg import Series, line_chart, tick_label
@@ -213,7 +213,7 @@ def what_was_trained(run: records.Records) -> str:
     base = base_model(run)
     if not (base and run.config):
         return base
-    return f"{(run.config.get('adapter') or {}).get('method', 'all weights')} on {base}"
+    return f"{method_name(run) or 'all weights'} on {base}"
 
 
 def work_facts(run: records.Records) -> list[tuple[str, str]]:
