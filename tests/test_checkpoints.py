@@ -179,6 +179,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_one_message(straight, tmp_p
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path, signum):
+    before = signal.getsignal(signum)  # a process started in the background ignores SIGINT
+    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
     class Killer(Callback):
         def on_step(self, record):
             if record.step == 7:
@@ -192,6 +195,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path, sign
     assert stopped.value.exit_code == 128 + signum
     assert loop.saver.store.steps() == [7]
     assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    signal.signal(signum, before)
     curve, final, loop, _ = run(tmp_path)
     assert min(curve.values) == 8
     assert (final, loop.progress.loss_chain) == straight[1:]
