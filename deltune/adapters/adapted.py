@@ -84,10 +84,11 @@ class Adapted(Wrapper):
         layer = self.base_layer
         for name in names:
             delta: Delta = self.adapters[name]
-            W = weights.float_view(out_in(layer, layer.weight))
+            product, moves_bias = delta.product(), type(delta).bias_delta is not Delta.bias_delta
+            # a product without a bias needs no W, which would be a whole copy of a weight in a short type
+            W = weights.float_view(out_in(layer, layer.weight)) if product is None or moves_bias or self.site.kind == "norm" else None
             bias = layer.bias if self.site.has_bias else None
-            bias_delta = delta.bias_delta(W, bias)
-            product = delta.product()
+            bias_delta = delta.bias_delta(W, bias) if moves_bias else None
             if product is None or self.site.kind == "norm":
                 weights.add_to_weight(layer.weight, out_in(layer, delta.delta(W) * share))
             else:

@@ -41,17 +41,18 @@ HARMLESS = {"bias": "none"}
 
 def format_of(fields: Mapping[str, Any]) -> tuple[type[AdapterConfig], PeftFormat]:
     """The config class and file format that these fields are in. AdapterError names the supported peft_types."""
+    peft_type = fields.get("peft_type")
+    if isinstance(peft_type, str) and peft_type.startswith(OWN) and peft_type.removeprefix(OWN) in DELTAS:
+        config_class = ADAPTERS.resolve(peft_type.removeprefix(OWN))
+        return config_class, own_format(config_class)
     formats: dict[str, list[tuple[type[AdapterConfig], PeftFormat]]] = {}
     for delta in DELTAS:
         config_class = ADAPTERS.resolve(delta)
         form = config_class.delta_class().peft
         if form is not None:
             formats.setdefault(form.type, []).append((config_class, form))
-        formats[OWN + delta] = [(config_class, own_format(config_class))]
-    peft_type = fields.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in formats:
-        known = sorted(name for name in formats if not name.startswith(OWN))
-        raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(known)}, and our own, which begin with {OWN}")
+        raise AdapterError(f"peft_type is {peft_type!r}; supported are {', '.join(sorted(formats))}, and our own, which begin with {OWN}")
     sharing = formats[peft_type]
     told = [found for found in sharing if found[1].told is not None and found[1].told(fields)]
     return (told or [found for found in sharing if found[1].told is None] or sharing)[0]
