@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.layers import Site
+from deltune.adapters.stored import Stored, storage_of
 from deltune.errors import AdapterError
 
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -50,7 +51,7 @@ SCOPES: dict[str, Callable[[str], str]] = {
 }
 
 
-class Bank(nn.Module):
+class Bank(Stored):
     """Shared tensors: Parameters are trained, buffers are not. Written as a Delta is: build, then reset and start."""
 
     def __init__(self, config: AdapterConfig, key: str, sites: Sequence[Site], name: str = "bank"):
@@ -63,8 +64,6 @@ class Bank(nn.Module):
 
     @property
     def storage(self) -> dict[str, Any]:
-        from deltune.adapters.delta import storage_of
-
         return storage_of(self.config, self.sites[0])
 
     @property
@@ -101,15 +100,6 @@ class Bank(nn.Module):
         """Names of the saved tensors, each to its name in the file, which comes after the file's common prefix."""
         end = f".{self.key}" if self.key else ""
         return {name: f"{self.name}.{name}{end}" for name in self.state_dict()}
-
-    def to_file(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        return {leaf: state[name] for name, leaf in self.leaves().items()}
-
-    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
-        state = self.state_dict()
-        for name, leaf in self.leaves().items():
-            state[name].copy_(tensors[leaf])
 
 
 class Projection(Bank):

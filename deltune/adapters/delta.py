@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.layers import Site
+from deltune.adapters.stored import Stored, storage_of
 
 
 class Base(Protocol):
@@ -66,7 +67,7 @@ class PeftFormat:
     complete: Callable[[Mapping[str, Any], Delta, Mapping[str, Tensor], Callable[[], Tensor]], Mapping[str, Tensor]] | None = None
 
 
-class Delta(nn.Module):
+class Delta(Stored):
     """The change that a method makes to one layer.
 
     Subclasses write `build`, `reset` and `delta` (or `product`), and override the rest where it differs. The order of
@@ -246,24 +247,8 @@ class Delta(nn.Module):
     def banks_held(self) -> list[Bank]:
         return [module for module in self.modules() if isinstance(module, Bank)]
 
-    def to_file(self) -> dict[str, Tensor]:
-        """The tensors of the file by their leaf. Override with `from_file` where the file's form is another one."""
-        state = self.state_dict()
-        return {leaf: state[name] for name, leaf in self.leaves().items()}
-
-    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors with the names and shapes of `to_file`."""
-        state = self.state_dict()
-        for name, leaf in self.leaves().items():
-            state[name].copy_(tensors[leaf])
-
 
 def in_autocast(device: torch.device) -> bool:
     """Whether products are taken in a shorter type here. The meta device stands for any other, and has no autocast of its own."""
     kinds = ("cpu", "cuda") if device.type == "meta" else (device.type,)
     return any(torch.is_autocast_enabled(kind) for kind in kinds)
-
-
-def storage_of(config: AdapterConfig, site: Site) -> dict[str, Any]:
-    dtype = site.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return {"device": site.device, "dtype": dtype}

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from deltune.adapters.attach import adapters
-from deltune.adapters.bank import Bank
 from deltune.adapters.delta import Delta
 from deltune.adapters.files.identity import identity
 from deltune.adapters.files.peft import CONFIG_FILE, TENSOR_FILE, bank_tensors, file_tensors, write_fields
@@ -38,7 +37,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     deltas = {place: part for place, part in parts.items() if isinstance(part, Delta)}
     fields = write_fields(model, there[name], deltas, base or _base_path(model))
     tensors = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
-    banks = {id(m): m for delta in deltas.values() for m in delta.modules() if isinstance(m, Bank)}
+    banks = {id(bank): bank for delta in deltas.values() for bank in delta.banks_held()}
     for bank in banks.values():
         tensors.update(bank_tensors(bank))
     folder = Path(folder)
