@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from deltune.adapters.attach import merge, trainable
-from deltune.adapters.bank import Bank
 from deltune.adapters.delta import Delta
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.files.peft import PREFIX, WHOLE
@@ -64,7 +63,7 @@ def our_gradients(model, name="default"):
         assert isinstance(delta, Delta)
         parameters = dict(delta.named_parameters())
         found |= {f"{PREFIX}{place}.{leaf}": parameters[own].grad for own, leaf in delta.leaves().items() if own in parameters}
-        for bank in (module for module in delta.modules() if isinstance(module, Bank)):
+        for bank in delta.banks_held():
             shared = dict(bank.named_parameters())
             found |= {f"{WHOLE}{leaf}": shared[own].grad for own, leaf in bank.leaves().items() if own in shared}
     return {bare(key): gradient for key, gradient in found.items()}

@@ -27,6 +27,7 @@ from deltune.adapters.layers import kind_of, out_in
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.wrapper import wrappers
 from deltune.errors import AdapterError
+from tests.adapted import bits, same, shaken
 
 ALL = sorted(METHODS)
 LAYERS = [name for name in ALL if named(name).delta_class().kinds != ("model",)]  # those that go on single layers
@@ -78,24 +79,6 @@ def stops_gradient(method):
 
 def deltas_of(model, name="default"):
     return {place: wrapper.adapters[name] for place, wrapper in wrappers(model) if name in wrapper.adapters}
-
-
-def shaken(model, seed=0, names=("default",), size=0.3):
-    """Move adapters away from their start, so that no term of their formula is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(f".adapters.{adapter}." in name for adapter in names):
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 IDS = torch.tensor([[1, 5, 2, 10], [0, 3, 3, 7]])

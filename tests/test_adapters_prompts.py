@@ -27,6 +27,7 @@ from deltune.adapters.wrapper import BESIDE, wrappers
 from deltune.errors import AdapterError
 from deltune.models.generation import GenerateOptions, context_window, generate
 from deltune.training.loss import causal_lm_step
+from tests.adapted import bits, same, shaken
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ALL = [name for name in sorted(METHODS) if named(name).delta_class().kinds == ("model",)]
@@ -53,24 +54,6 @@ def gpt2():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
-
-
-def shaken(model, seed=0, names=("default",), by=0.3):
-    """Move adapters away from their start, so that no term of their formula is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(f".adapters.{adapter}." in name for adapter in names):
-                parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 IDS = torch.tensor([[5, 17, 200, 31, 90, 12, 44], [9, 250, 3, 77, 61, 101, 8]])
@@ -147,7 +130,7 @@ def test_a_saved_adapter_is_read_back_exactly(method, tmp_path):
 
 @methods
 def test_what_peft_cannot_say_is_saved_in_a_type_of_our_own(method, tmp_path):
-    model = shaken(attach(model_of(), config_of(method, dropout=0.25, modules_to_save=["lm_head"])), by=0.1)
+    model = shaken(attach(model_of(), config_of(method, dropout=0.25, modules_to_save=["lm_head"])), size=0.1)
     with torch.no_grad():
         model.get_parameter("lm_head.adapters.default.weight").mul_(1.5)
     save_adapter(model, tmp_path / "adapter")
@@ -261,11 +244,11 @@ def test_detaching_restores_every_bit_every_attribute_and_what_was_trainable(met
 
 @methods
 def test_a_bfloat16_base_takes_a_float32_adapter(method):
-    model = shaken(attach(model_of(torch.bfloat16), config_of(method)), by=0.1)
+    model = shaken(attach(model_of(torch.bfloat16), config_of(method)), size=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
     found = answer(model)
     assert found.dtype == torch.bfloat16
-    exact = shaken(attach(model_of(torch.bfloat16).float(), config_of(method)), by=0.1)
+    exact = shaken(attach(model_of(torch.bfloat16).float(), config_of(method)), size=0.1)
     assert torch.allclose(found.float(), answer(exact), atol=0.05)
     found.float().square().sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in trainable(model).values())
@@ -280,7 +263,7 @@ def test_auto_stores_the_adapter_in_the_bases_type(method):
 
 @methods
 def test_a_layer_in_bfloat16_autocast_answers_in_bfloat16(method):
-    model = shaken(attach(model_of(), config_of(method)), by=0.1)
+    model = shaken(attach(model_of(), config_of(method)), size=0.1)
     exact = answer(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = answer(model)
