@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import warnings
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,9 +13,9 @@ from deltune.adapters.attach import adapters, attach, detach, disabled, merge, t
 from deltune.adapters.files import load_adapter, save_adapter
 from deltune.adapters.methods.lora import LoraConfig
 from deltune.errors import AdapterError
+from tests import peft_twin as twin
+from tests.peft_twin import ids, read_peft, save_peft
 from tests.tiny import tiny_model
-
-peft = pytest.importorskip("peft")
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 GPT2 = ["c_attn", "c_fc"]
@@ -33,35 +33,9 @@ def tiny_gpt2(seed=0, tied=True):
         return GPT2LMHeadModel(config).eval()
 
 
-def ids(model, rows=2, length=9):
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
 def with_peft(model, **fields):
-    """A PEFT model with every adapter tensor moved off its start."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=False).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype))
-    return wrapped
-
-
-def save_peft(wrapped, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped.save_pretrained(folder)
-    return folder
-
-
-def read_peft(model, folder, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT only warns about tensors that it misses
-        return peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False, **options).eval()
+    """PEFT's LoRA with these fields, moved off its start."""
+    return twin.with_peft(model, peft.LoraConfig(**fields))
 
 
 CASES = {
