@@ -38,6 +38,7 @@ class Run:
     name: str | None = option(None, "Folder below `output`; null makes one of model, method, data and a hash of the config.")
     output: str = option("runs", "Folder of all runs.")
     seed: int = option(42, "Seed of adapter start, dropout and random model starts.", ge=0)
+    fast: str = option("auto", "auto computes attention, norms, loss and adapters in their fast forms wherever these are exact; off runs the plain ones.", choices=("auto", "off"))
     resume: str = option("auto", "Continue the run that is in the folder: if there is one; never (a run there is an error); must be there.", choices=("auto", "never", "must"))
     model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
     data: DataConfig = section(DataConfig, "Training and evaluation data.", primary="train")

@@ -229,6 +229,7 @@ class Session:
         from deltune.models.select import parameter_table, select_trainable
 
         run = self.run
+        self.fast = run.fast == "auto"
         model = load(run.model, device="cpu", seed=run.seed)
         check_pair(model.config, self.tokenizer)
         if run.adapter is None:
