@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deltune.data.loader import Loader
-from deltune.data.pack import pad
+from deltune.data.pack import Batch, pad
 from deltune.engines.config import Single
 from deltune.engines.engine import Engine
 from deltune.optim.build import build_optimizer
@@ -54,6 +54,13 @@ class Rows:
 
     def batch(self, indices):
         return pad([self[i] for i in indices], PAD)
+
+
+def batch_of(ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Batch:
+    """A padded batch of these tensors, each [batch, seq]."""
+    trained = int((labels[:, 1:] != -100).sum()) if labels.device.type != "meta" else 0
+    num_tokens = int(mask.sum()) if mask.device.type != "meta" else mask.numel()
+    return Batch(ids, labels, mask, [f"rows.jsonl:{i + 1}" for i in range(len(ids))], num_tokens, trained)
 
 
 def make_loop(

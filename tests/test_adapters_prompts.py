@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from deltune.errors import AdapterError
 from deltune.models.generation import GenerateOptions, context_window, generate
 from deltune.training.loss import causal_lm_step
 from tests.adapted import bits, same, shaken
+from tests.synthetic import batch_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ALL = [name for name in sorted(METHODS) if named(name).delta_class().kinds == ("model",)]
@@ -255,10 +255,26 @@ def test_a_bfloat16_base_takes_a_float32_adapter(method):
 
 
 @methods
-def test_auto_stores_the_adapter_in_the_bases_type(method):
-    model = attach(model_of(torch.bfloat16), config_of(method, dtype="auto"))
-    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.bfloat16}
+def test_auto_stores_the_adapter_in_float32_on_a_short_base(method):
+    model = attach(model_of(torch.bfloat16), config_of(method))
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
     assert answer(model).isfinite().all()
+
+
+@methods
+def test_a_float32_adapter_answers_no_worse_than_one_in_the_activations_type(method):
+    base = model_of(torch.bfloat16)
+
+    def far(dtype, stored):
+        model = attach(copy.deepcopy(base).to(dtype), config_of(method, dtype=stored))
+        with torch.no_grad():
+            model.load_state_dict(start)
+        found = answer(model).double()
+        return found if dtype == torch.float64 else (found - exact).norm()
+
+    start = shaken(attach(copy.deepcopy(base), config_of(method)), size=0.1).state_dict()
+    exact = far(torch.float64, "auto")
+    assert far(torch.bfloat16, "auto") <= 1.1 * far(torch.bfloat16, "bfloat16")
 
 
 @methods
@@ -361,7 +377,7 @@ def test_the_trainers_own_step_sees_the_same_loss_and_drops_positions_before_the
     mask[1, 5:] = 0
     labels = IDS.masked_fill(mask == 0, -100)
     labels[:, :2] = -100
-    batch = SimpleNamespace(input_ids=IDS, labels=labels, attention_mask=mask)
+    batch = batch_of(IDS, labels, mask)
     logits = answer(model, attention_mask=mask)
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     assert torch.allclose(causal_lm_step(model, batch).double(), expected, rtol=1e-5)
@@ -378,7 +394,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(method):
     model = model_of().train()
     base = bits(model)
     attach(model, config_of(method))
-    batch = SimpleNamespace(input_ids=IDS, labels=IDS, attention_mask=torch.ones_like(IDS))
+    batch = batch_of(IDS, IDS, torch.ones_like(IDS))
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.1)
     losses = []
     for _ in range(20):

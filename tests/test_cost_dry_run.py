@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from deltune.optim.build import state_bytes
 from deltune.optim.config import AdamW
 from deltune.training.loss import causal_lm_step
 from tests.conftest import ROOT
+from tests.synthetic import batch_of
 
 BATCH, SEQ = 3, 40
 SHAPE = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=203)
@@ -71,7 +71,7 @@ def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumula
     with account:
         account.hold(p.grad for p in parameters if p.grad is not None)
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = causal_lm_step(model, SimpleNamespace(input_ids=ids, labels=ids, attention_mask=mask))
+            loss = causal_lm_step(model, batch_of(ids, ids, mask))
         account.forward_is_done()
         loss.backward()
     return account
@@ -113,7 +113,7 @@ def test_flops_are_those_of_torchs_counter():
 
     model, ids = model_on("cpu"), torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) % 200
     with FlopCounterMode(display=False) as counter:
-        causal_lm_step(model, SimpleNamespace(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))).backward()
+        causal_lm_step(model, batch_of(ids, ids, torch.ones_like(ids))).backward()
     found = dry_run(model_on("meta"), batch=BATCH, seq=SEQ)
     assert found.flops == counter.get_total_flops()
     assert sum(kernel.flops for kernel in found.forward) < found.flops / 2  # LoRA: as much backward, and its own gradients
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was():
 CHILD = """
 import json, resource, sys
 import psutil, torch
-from tests.test_cost_dry_run import AdamW, SimpleNamespace, attach, causal_lm_step, LoraConfig
+from tests.test_cost_dry_run import AdamW, attach, batch_of, causal_lm_step, LoraConfig
 from tests.tiny import tiny_model
 from deltune.optim.build import build_optimizer
 from deltune.optim.groups import parameter_groups
@@ -167,7 +167,7 @@ def take_steps(model, batch, seq, number):
         ids = torch.zeros(batch, seq, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, seq // 2:] = 0
-        causal_lm_step(model, SimpleNamespace(input_ids=ids, labels=ids, attention_mask=mask)).backward()
+        causal_lm_step(model, batch_of(ids, ids, mask)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

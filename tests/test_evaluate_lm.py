@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from deltune.data.pack import Batch
 from deltune.errors import DataError
 from deltune.evaluation.lm import evaluate, evaluate_by_source, source_of
 from tests.tiny import tiny_model
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch as the loader makes it."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    rows: list[str]
-    num_trained_tokens: int
-
-    def to(self, device):
-        return replace(self, input_ids=self.input_ids.to(device))
 
 
 def examples(count: int = 13, seed: int = 0):
@@ -50,7 +36,7 @@ def batches(found, size: int):
         for row, (one, wanted) in enumerate(chosen):
             ids[row, : len(one)], labels[row, : len(one)], mask[row, : len(one)] = one, wanted, 1
         names = [f"part{(start + i) % 3}.jsonl:{start + i + 1}" for i in range(len(chosen))]
-        yield Rows(ids, labels, mask, names, int((labels[:, 1:] != -100).sum()))
+        yield Batch(ids, labels, mask, names, int(mask.sum()), int((labels[:, 1:] != -100).sum()))
 
 
 def by_hand(model, found) -> dict[str, float]:

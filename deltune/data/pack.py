@@ -1,29 +1,38 @@
-"""From examples to a batch of tensors: padding carries no label and no attention, and every count is taken from the real tokens.
+"""From examples to a batch of tensors: padded into rows, or joined into one row without padding; every count is of real tokens.
 
-Shapes: batch = examples, seq = the longest of them.
+Shapes: batch = rows; seq = the longest example where padded, all tokens where packed (batch is 1 then).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from deltune.data.dataset import IGNORED, Example
+from deltune.errors import DataError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Labels stand at their own token (the loss shifts); -100 is not trained."""
+    """One micro-batch. Labels stand at their own token (the loss shifts); -100 is not trained.
+
+    A packed batch has documents instead of padding: `segments` are their borders, `position_ids` restart at each, and
+    no first token of a document is trained, so that the usual shift never crosses a border.
+    """
 
     input_ids: torch.Tensor  # int64 [batch, seq]
     labels: torch.Tensor  # int64 [batch, seq]
-    attention_mask: torch.Tensor  # int64 [batch, seq], 1 on tokens, 0 on padding
+    attention_mask: torch.Tensor | None  # int64 [batch, seq], 1 on tokens, 0 on padding; None where packed
     rows: list[str]  # file:line of each example
     num_tokens: int  # without padding
-    num_trained_tokens: int  # labels that the loss sees: those from the second column on
+    num_trained_tokens: int  # labels that the loss sees: those from the second token of each example on
+    position_ids: torch.Tensor | None = None  # packed: int64 [1, seq], from 0 in each document
+    segments: tuple[int, ...] | None = None  # packed: 0 = s0 < s1 < ... = seq; document i is [s(i), s(i + 1))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
@@ -31,8 +40,30 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
-            attention_mask=self.attention_mask.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
+
+    def inputs(self) -> dict[str, Any]:
+        """What a Hugging Face model's forward is given. Where packed, the documents' borders by the names of transformers'
+        FlashAttentionKwargs besides, which every attention function is handed (int32 [documents + 1], and the longest)."""
+        given: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        if self.segments is not None:
+            borders = torch.tensor(self.segments, dtype=torch.int32, device=self.input_ids.device)
+            longest = max(stop - start for start, stop in pairwise(self.segments))
+            given |= {
+                "position_ids": self.position_ids, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+                "max_length_q": longest, "max_length_k": longest,
+            }  # fmt: skip
+        return given
+
+    def row_of_tokens(self) -> torch.Tensor:
+        """int64 [batch, seq]: to which of `rows` each position belongs, padding too."""
+        device = self.input_ids.device
+        if self.segments is None:
+            return torch.arange(len(self.rows), device=device)[:, None].expand(self.input_ids.shape)
+        lengths = torch.tensor([stop - start for start, stop in pairwise(self.segments)], device=device)
+        return torch.arange(len(self.rows), device=device).repeat_interleave(lengths, output_size=self.segments[-1])[None]
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -52,4 +83,69 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
         rows=[example.row for example in examples],
         num_tokens=int(mask.sum()),
         num_trained_tokens=int((labels[:, 1:] != IGNORED).sum()),
+    )
+
+
+def join(examples: Sequence[Example]) -> Batch:
+    """All examples in one row, one after another. The first token of each is predicted from nothing, so its label is -100.
+
+    Raises DataError for an example without tokens, which would have no place in the row.
+    """
+    lengths = [len(example.ids) for example in examples]
+    if not all(lengths):
+        raise DataError(f"{examples[lengths.index(0)].row}: the example has no token, so it cannot be packed")
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
+    labels[borders[:-1]] = IGNORED
+    positions = np.arange(borders[-1]) - np.repeat(borders[:-1], lengths)
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        attention_mask=None,
+        rows=[example.row for example in examples],
+        num_tokens=len(ids),
+        num_trained_tokens=int((labels != IGNORED).sum()),
+        position_ids=torch.from_numpy(positions)[None],
+        segments=tuple(borders.tolist()),
+    )
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Items of these lengths [items] in few bins of a capacity: the indices of each bin, ascending.
+
+    Best fit decreasing: the longest first, each into the fullest bin that still takes it. At worst about 11/9 of the
+    fewest bins possible (Johnson 1974); where most items are short, next to none too many. Open bins are found by the
+    room that they have left, a bit of one number, so an item costs capacity / 64 machine words at most.
+    Raises DataError where an item is longer than a bin.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # room left -> bins that have it
+    rooms = 0  # bit r is set where a bin has r left
+    for item, length in zip(order.tolist(), np.asarray(lengths)[order].tolist(), strict=True):
+        if length > capacity:
+            raise too_long(length, capacity)
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            waiting = with_room[room]
+            chosen = waiting.pop()
+            if not waiting:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        left = room - length
+        with_room.setdefault(left, []).append(chosen)
+        rooms |= 1 << left
+    return [np.sort(np.array(items, dtype=np.int64)) for items in bins]
+
+
+def too_long(length: int, capacity: int, row: str = "an example") -> DataError:
+    """The error for an example that no bin takes."""
+    return DataError(
+        f"{row} has {length:,} tokens, and train.micro_batch_tokens={capacity} holds only whole examples. "
+        f"What fits: data.max_length={capacity} or below, or a larger train.micro_batch_tokens."
     )

@@ -119,19 +119,20 @@ def _by_source(model: torch.nn.Module, batches: Iterable[Any], autocast: Any, de
         for batch in batches:
             batch = batch.to(device)
             with (autocast or contextlib.nullcontext)():
-                loss, correct, trained = token_scores(model, batch)
-            for row, *sums in zip(
-                batch.rows, loss.sum(1).tolist(), correct.sum(1).tolist(), trained.sum(1).tolist(), strict=True
-            ):
-                sources.setdefault(source_of(row), Sums()).add(Sums(*sums, examples=1))
+                loss, correct, trained, row_of = token_scores(model, batch)
+            sums = torch.zeros(len(batch.rows), 3, dtype=torch.float64)
+            sums.index_add_(0, row_of.flatten(), torch.stack([loss, correct.double(), trained.double()], dim=-1).flatten(0, 1))
+            for row, values in zip(batch.rows, sums.tolist(), strict=True):
+                sources.setdefault(source_of(row), Sums()).add(Sums(*values, examples=1))
     return sources
 
 
-def token_scores(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss in float64, correct, trained), each [batch, kept]: positions where any row of the batch is trained."""
+def token_scores(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss in float64, correct, trained, index of the batch's row), each [batch, kept] on the CPU: positions where any
+    row of the batch is trained."""
     targets = batch.labels[:, 1:]
     kept = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs = batch.inputs()
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=kept).logits  # the head is the widest layer
     else:
@@ -143,7 +144,7 @@ def token_scores(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torc
     chosen = logits[trained].float()  # [trained tokens, vocab]
     loss[trained] = cross_entropy(chosen, targets[trained], reduction="none")
     correct[trained] = chosen.argmax(-1) == targets[trained]
-    return loss.to("cpu", torch.float64), correct, trained
+    return loss.to("cpu", torch.float64), correct.cpu(), trained.cpu(), batch.row_of_tokens()[:, kept].cpu()
 
 
 @dataclass

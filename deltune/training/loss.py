@@ -30,7 +30,7 @@ def causal_lm_logits(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, 
     and padding do not. Each kept row is computed as before, whatever the model does to its logits afterwards.
     """
     targets = batch.labels[:, 1:]
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs = batch.inputs()
     head = output_head(model)
     if head is None:
         return model(**inputs).logits[:, :-1], targets
