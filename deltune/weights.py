@@ -21,7 +21,8 @@ from deltune.errors import DeltuneError
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-BLOCK_ELEMENTS = 1 << 22  # a float32 block of 16 MiB: large enough for full speed, small beside any weight
+BLOCK_ELEMENTS = 1 << 22  # of a device: a float32 block of 16 MiB is large enough for full speed, small beside any weight
+BLOCK_ELEMENTS_CPU = 1 << 18  # of the CPU: a block of 1 MiB stays in the cache (a merge in bfloat16: 0.19 s against 0.26 s)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -169,12 +170,42 @@ def add_to_weight(weight: Tensor, delta: Tensor, carried: Tensor | None = None) 
 
 @torch.no_grad()
 def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """weight ← weight + scale · left [out, r] @ right [r, in], in place, without a whole out×in temporary."""
+    """weight ← weight + scale · left [out, r] @ right [r, in], in place, without a whole out×in temporary.
+
+    The sum is formed in float32 or wider and rounded once. A bfloat16 weight on a CPU that multiplies bfloat16 is passed
+    over once, with no temporary at all: the kernel sums in float32, and the factors go in as parts in bfloat16 that hold
+    them whole.
+    """
     dtype = _sum_type(weight, left, right)
+    if dtype == weight.dtype:
+        weight.addmm_(left.to(dtype), right.to(dtype), alpha=scale)
+        return
+    if not weight.is_contiguous() and weight.T.is_contiguous():
+        weight, left, right = weight.T, right.T, left.T
+    if _sums_bfloat16_in_float32(weight) and dtype == torch.float32:
+        (b0, b1, b2), (a0, a1, a2) = _in_bfloat16(left.to(dtype) * scale), _in_bfloat16(right.to(dtype))
+        # what is left out is smaller than a float32's last bit
+        weight.addmm_(torch.cat([b0, b1, b0, b2, b1, b0], 1), torch.cat([a0, a0, a1, a0, a1, a2], 0))
+        return
     right = right.to(dtype)
     for rows in row_blocks(weight):
         block = weight[rows].to(dtype, copy=True)
         weight[rows].copy_(block.addmm_(left[rows].to(dtype), right, alpha=scale))
+
+
+def _in_bfloat16(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bfloat16 tensors whose sum a float32 tensor is: each takes the next 8 of its 24 bits."""
+    first = tensor.to(torch.bfloat16)
+    second = (tensor - first).to(torch.bfloat16)
+    return first, second, (tensor - first - second).to(torch.bfloat16)
+
+
+def _sums_bfloat16_in_float32(weight: Tensor) -> bool:
+    """Whether `weight.addmm_` is oneDNN's, which adds to the weight before it rounds; torch's own kernel may not."""
+    return (
+        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+        and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )  # fmt: skip
 
 
 def row_squares(weight: Tensor) -> Tensor:
@@ -191,10 +222,11 @@ def row_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def row_blocks(weight: Tensor) -> list[slice]:
-    """Slices of a weight's first dimension, each of which is a block of about BLOCK_ELEMENTS values."""
+    """Slices of a weight's first dimension, each of which is a block of about BLOCK_ELEMENTS values (CPU: _CPU)."""
     if weight.ndim < 2:
         return [slice(None)]
-    step = max(1, BLOCK_ELEMENTS // max(1, weight[0].numel()))
+    elements = BLOCK_ELEMENTS_CPU if weight.device.type == "cpu" else BLOCK_ELEMENTS
+    step = max(1, elements // max(1, weight[0].numel()))
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
 
 
