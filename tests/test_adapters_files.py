@@ -342,6 +342,24 @@ def test_an_adapter_keeps_its_type(tmp_path, dtype):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_file_in_any_type_is_trained_on_in_float32(tmp_path, dtype):
+    """One of PEFT's, which has no record of ours, on a base in a short type: no value is lost, and small steps count."""
+    folder = save_adapter(made(dtype=dtype), tmp_path / "a")
+    (folder / RECORD).unlink()
+    model = load_adapter(tiny_model().to(torch.bfloat16), folder, trainable=True)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    held = load_file(folder / TENSORS)
+    assert {tensor.dtype for tensor in held.values()} == {getattr(torch, dtype)}
+    written = load_file(save_adapter(model, tmp_path / "b") / TENSORS)
+    assert all(torch.equal(written[key], held[key].float()) for key in held)
+    with torch.no_grad():
+        before = [p.clone() for p in trainable(model).values()]
+        for parameter in trainable(model).values():
+            parameter.add_(parameter, alpha=1e-4)
+    assert all((p - b).abs().max() > 0 for p, b in zip(trainable(model).values(), before, strict=True))
+
+
 def test_names_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="no adapter 'other' to save; it has default"):
         save_adapter(made(), tmp_path / "a", name="other")

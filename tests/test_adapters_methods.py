@@ -8,6 +8,8 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from deltune.adapters.attach import (
@@ -247,9 +249,78 @@ def test_a_bfloat16_base_takes_a_float32_adapter(method):
 
 
 @methods
-def test_auto_stores_the_adapter_in_the_bases_type(method):
-    model = attach(model_of(torch.bfloat16), config_of(method, dtype="auto"))
-    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.bfloat16}
+def test_auto_stores_the_adapter_in_float32_or_wider(method):
+    for base, stored in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+        model = attach(model_of(base), config_of(method))
+        assert {parameter.dtype for parameter in trainable(model).values()} == {stored}
+
+
+class Wide(Mixed):
+    """As Mixed, with layers so wide that sparse changes are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(11, 96), Conv1D(96, 48)
+        self.norm, self.linear = nn.LayerNorm(96), nn.Linear(96, 48)
+
+
+WIDTHS = {"embed": (11, 96), "conv": (48, 96), "norm": (96, 96), "linear": (96, 48)}
+TOKENS = 101  # prime, so that a tensor whose size it divides holds activations
+
+
+class FloatActivations(TorchDispatchMode):
+    """Records the float32 tensors of at least `least` numbers a token that operations make."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.found = least, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float64, torch.complex64):
+                continue
+            if tensor.layout == torch.strided and tensor.numel() % TOKENS == 0 and tensor.numel() >= TOKENS * self.least:
+                self.found.append(f"{function} {list(tensor.shape)} {tensor.dtype}")
+        return result
+
+
+def passed(method, place, base, stored):
+    """Output and gradients of one layer in this type, with an adapter that is stored in that one: in float64, and what was in float32."""
+    def made(dtype, stored):
+        model = Wide().to(torch.bfloat16)
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=torch.Generator().manual_seed(i))
+        return attach(model.eval().to(dtype), config_of(method, targets=[place], dtype=stored))
+
+    model = made(base, stored)
+    model.load_state_dict(shaken(made(torch.bfloat16, "float32"), size=0.1).state_dict())
+    n_in, n_out = WIDTHS[place]
+    generator = torch.Generator().manual_seed(1)
+    ids, x, back = torch.randint(n_in, (TOKENS,), generator=generator), torch.randn(TOKENS, n_in, generator=generator), torch.randn(TOKENS, n_out, generator=generator)
+    x = ids if place == "embed" else x.bfloat16().to(base).requires_grad_()
+    back = back.bfloat16().to(base)
+    layer = getattr(model, place)
+    with FloatActivations(min(WIDTHS[place]) if place != "embed" else n_out) as wide:
+        y = layer(x)
+        y.backward(back)
+    assert y.dtype == base
+    gradients = [parameter.grad for parameter in trainable(model).values()]
+    assert {gradient.dtype for gradient in gradients} == {parameter.dtype for parameter in trainable(model).values()}
+    inputs = [] if place == "embed" else [x.grad]
+    return [t.detach().double().flatten() for t in (y, *inputs, torch.cat([g.double().flatten() for g in gradients]))], wide.found
+
+
+@methods
+def test_a_float32_adapter_computes_in_the_activations_type_and_no_worse_than_one_in_that_type(method):
+    for place in places_of(method):
+        exact, _ = passed(method, place, torch.float64, "auto")
+        short, _ = passed(method, place, torch.bfloat16, "bfloat16")
+        found, wide = passed(method, place, torch.bfloat16, "auto")
+        for one, other, true in zip(found, short, exact, strict=True):
+            assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-3 * true.norm(), place
+        assert not wide or named(method).delta_class().widens, (place, wide)
 
 
 @methods

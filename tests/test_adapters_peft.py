@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -58,6 +59,26 @@ CASES = {
     "gpt2-embedding": (lambda: tiny_gpt2(tied=False), dict(r=4, target_modules=["wte", "wpe"])),
 }
 cases = pytest.mark.parametrize("case", sorted(CASES))
+
+
+def test_on_a_bfloat16_base_both_keep_the_adapter_in_float32(tmp_path):
+    """And the files are the same both ways; ours is no farther from the float32 answer, though it copies no input."""
+    base = tiny_model().to(torch.bfloat16)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=LLAMA)).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
+            assert parameter.dtype == torch.float32
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    ours = load_adapter(copy.deepcopy(base), save_peft(theirs, tmp_path / "theirs"), trainable=True)
+    assert {parameter.dtype for parameter in trainable(ours).values()} == {torch.float32}
+    exact = load_adapter(copy.deepcopy(base).float(), tmp_path / "theirs")
+    x = ids(base)
+    errors = [float((model(x).logits.float() - exact(x).logits).detach().norm()) for model in (ours, theirs)]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+    written, read = (load_file(folder / "adapter_model.safetensors") for folder in (save_adapter(ours, tmp_path / "ours"), tmp_path / "theirs"))
+    assert written.keys() == read.keys() and all(torch.equal(written[key], read[key]) for key in read)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(again(x).logits, theirs(x).logits)
 
 
 @cases

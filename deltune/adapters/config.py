@@ -59,7 +59,7 @@ class AdapterConfig:
     exclude: list[str] = option([], "Module name endings or full names never adapted.")
     modules_to_save: list[str] = option([], "Modules trained in full beside the adapter and saved with it, e.g. lm_head.")
     dropout: float = option(0.0, "Dropout on the adapter's own input while training; an embedding's input has none.", ge=0, lt=1)
-    dtype: str = option("float32", "Storage type of the adapter's weights; they compute in the type of the activations. auto takes the base weight's.", choices=("float32", "bfloat16", "float16", "auto"))
+    dtype: str = option("auto", "Storage type of the adapter's weights; they compute in the type of the activations. auto: float32, so that small steps count on a base in a short type, or float64 on a base in float64.", choices=("auto", "float32", "bfloat16", "float16"))
     magnitude: bool = option(False, "Learn each output's strength apart from its direction (DoRA, arXiv:2402.09353), around any change that is a matrix.")
     schedule: OverTime = section(OverTime, "What happens over time.", primary="name")
 

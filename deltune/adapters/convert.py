@@ -33,6 +33,7 @@ from deltune.adapters.config import name_of
 from deltune.adapters.delta import Delta
 from deltune.adapters.init.svd import largest
 from deltune.adapters.methods.lora import Lora, LoraConfig
+from deltune.adapters.stored import storage_dtype
 from deltune.adapters.targets import ends_with
 from deltune.adapters.wrapper import TrainedCopy, walk, wrappers
 from deltune.errors import AdapterError
@@ -166,7 +167,7 @@ def attach_lora(
     dtype = _storage(model, sources)
     for place, layer in layers.items():
         (B, A), whole = factors(place, layer)
-        stored = layer.base_layer.weight.dtype if dtype == "auto" else getattr(torch, dtype)
+        stored = storage_dtype(dtype, layer.base_layer.weight.dtype)
         made[place] = B.to(stored), A.to(stored)
         lost[place] = _squares(whole(), *made[place])
     ranks = {place: B.shape[-1] for place, (B, _) in made.items()}
@@ -202,7 +203,7 @@ def config_for(model: nn.Module, ranks: Mapping[str, int], copies: Sequence[str]
 def _storage(model: nn.Module, sources: Sequence[str]) -> str:
     there = adapters(model)
     kinds = {there[name].dtype for name in sources}
-    return kinds.pop() if len(kinds) == 1 else "float32"
+    return kinds.pop() if len(kinds) == 1 else "auto"
 
 
 def _copies(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -79,6 +79,7 @@ class Delta(Stored):
     why_not_mergeable: ClassVar[str] = "its change of this layer is not a matrix"
     additive: ClassVar[bool] = True  # the output is base(x) + out(x): `forward` is not overridden
     stops_gradient: ClassVar[str] = ""  # which part of the formula has no gradient by intention, if any
+    widens: ClassVar[str] = ""  # why something as large as x or y is made in float32 where these are shorter, if it is
     reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
     looks_at_stored: ClassVar[bool] = False  # `start` takes W in the type that it is stored in, and is not handed a copy
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules

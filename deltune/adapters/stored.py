@@ -31,7 +31,17 @@ class Stored(nn.Module):
             state[name].copy_(tensors[leaf])
 
 
+def storage_dtype(dtype: str, base: torch.dtype) -> torch.dtype:
+    """The type of an adapter's tensors for the config's `dtype`, on a base weight of this type.
+
+    auto is float32, or the base's type where that is wider. On a base in a short type the Parameters are so the master
+    copies themselves: they take steps that a short type would round away, their gradients come in float32, and no
+    optimizer needs copies of its own. Each method's forward casts its small tensors to the activations' type where they
+    are used, and never the activations to the tensors' type, which would copy every input and keep it for backward.
+    """
+    return torch.promote_types(base, torch.float32) if dtype == "auto" else getattr(torch, dtype)
+
+
 def storage_of(config: AdapterConfig, site: Site) -> dict[str, Any]:
     """Device and type of what a method puts on a layer, to be passed to torch's constructors."""
-    dtype = site.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return {"device": site.device, "dtype": dtype}
+    return {"device": site.device, "dtype": storage_dtype(config.dtype, site.dtype)}

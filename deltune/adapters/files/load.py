@@ -63,7 +63,8 @@ def load_adapter(
             _check_record(model, folder, record, any_base)
             recorded = record.get("config") or {}
     with _at(folder / CONFIG_FILE):
-        read = read_config(model, fields, storage_type(model, tensors))
+        check_types(model, tensors)
+        read = read_config(model, fields)
         prepared = prepare(model, _as_recorded(read, recorded, fields), name)
     with _at(folder / TENSOR_FILE):
         _fill(model, prepared, _completed(prepared, fields, tensors))
@@ -84,7 +85,7 @@ def _as_recorded(read: AdapterConfig, recorded: Mapping[str, Any], fields: Mappi
     written = form_for(given).write(given)
     if complaint(given) or any(fields.get(name) != value for name, value in written.items()):
         return read
-    return dataclasses.replace(given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save, dtype=read.dtype)
+    return dataclasses.replace(given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save)
 
 
 @contextmanager
@@ -143,18 +144,14 @@ def _check_record(model: nn.Module, folder: Path, record: Mapping[str, Any], any
         logger.warning("%s: the base model's shapes fit; its weights cannot be compared, for the adapter was made in another number type", folder)
 
 
-def storage_type(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """The config's dtype that holds what is in the file without loss."""
-    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} or {torch.float32}
+def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError if the file's types are none that this model's adapter can hold without loss."""
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     unknown = found - COARSER.keys()
     if unknown:
         raise AdapterError(f"the file holds {', '.join(map(str, unknown))} tensors, which are no type that an adapter is trained in")
-    widest = functools.reduce(torch.promote_types, found)
-    if widest == torch.float64:
-        if any(tensor.dtype != torch.float64 for tensor in base_tensors(model).values()):
-            raise AdapterError("the file holds float64 tensors and the model is not in float64, so they would be rounded")
-        return "auto"
-    return str(widest).removeprefix("torch.")
+    if torch.float64 in found and any(tensor.dtype != torch.float64 for tensor in base_tensors(model).values()):
+        raise AdapterError("the file holds float64 tensors and the model is not in float64, so they would be rounded")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltune.adapters.attach import Prepared, install, prepare
 from deltune.adapters.config import named
-from deltune.adapters.files.load import storage_type
+from deltune.adapters.files.load import check_types
 from deltune.adapters.ranked import SCALINGS
 from deltune.adapters.targets import nearest
 from deltune.adapters.wrapper import walk
@@ -159,8 +159,8 @@ def _prepare(
             raise AdapterError(f"{path}: {layer} is no layer of this model.{nearest(layer, [n for n in names if n])}")
     ranks = {layer: _rank(held) for layer, held in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    dtype = storage_type(model, {f"{place}.{leaf}": tensor for place, held in {**layers, "": shared}.items() for leaf, tensor in held.items()})
-    fields: dict[str, Any] = {"targets": list(layers), "rank": rank, "dtype": dtype}
+    check_types(model, {f"{place}.{leaf}": tensor for place, held in {**layers, "": shared}.items() for leaf, tensor in held.items()})
+    fields: dict[str, Any] = {"targets": list(layers), "rank": rank}
     if kind.method != "vera":
         fields |= {"alpha": alpha, "rank_pattern": {_escaped(layer): r for layer, r in ranks.items() if r != rank}}
     return prepare(model, named(kind.method, **fields), name)

@@ -187,12 +187,12 @@ def _in_layers(name: str, fields: Mapping[str, Any]) -> bool:
     return False
 
 
-def read_config(model: nn.Module, fields: Mapping[str, Any], dtype: str) -> AdapterConfig:
+def read_config(model: nn.Module, fields: Mapping[str, Any]) -> AdapterConfig:
     """Our config for PEFT's fields, with the targets spelled out for this model."""
     config_class, form = format_of(fields)
     check_fields(fields, form)
     chosen = {} if issubclass(config_class.delta_class(), ModelDelta) else {"targets": target_names(model, fields)}
-    return config_class(**chosen, modules_to_save=saved_names(fields), dtype=dtype, **form.read(fields))
+    return config_class(**chosen, modules_to_save=saved_names(fields), **form.read(fields))
 
 
 def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class WaveConfig(FrequencyConfig):
 class Frequency(Delta):
     """`coefficients` [n] at places that need not be saved: the seed and the layer's size tell them."""
 
+    widens = "Fourier transforms and sparse products are in no short type"
     start_std: float  # of a normal start
     leaf: str
 

@@ -24,6 +24,7 @@ from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.ranked import Ranked
 from deltune.config.fields import option
 from deltune.errors import AdapterError
+from deltune.weights import float_view
 
 DELTAS = {"lora": "LoraConfig", "dora": "DoraConfig"}
 
@@ -263,6 +264,7 @@ class Lora(Ranked):
 
     kinds = ("linear", "conv1d", "embedding")
     factors = ("lora_A", "lora_B")
+    looks_at_stored = True
     peft = PEFT
 
     @classmethod
@@ -300,6 +302,8 @@ class Lora(Ranked):
 
     @torch.no_grad()
     def start(self, W: Tensor, generator: torch.Generator) -> None:
+        if self.config.init not in starts.READ_STORED:
+            W = float_view(W)
         self._begin_with(*starts.FROM_BASE[self.config.init](W, self.rank, self.scale, generator, self.config))
 
     def _begin_with(self, A: Tensor, B: Tensor) -> None:
@@ -321,8 +325,9 @@ class Lora(Ranked):
 
     def _pair(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if self.site.kind == "embedding":
-            z = F.embedding(x, A.T, self.site.padding_idx)  # [..., rank]
-            return F.linear(z * self.scale, B)
+            # gradients of ids that come often add up in the stored type; only what is rank wide is in it
+            z = (F.embedding(x, A.T, self.site.padding_idx) * self.scale).to(self.site.dtype)  # [..., rank]
+            return F.linear(z, B.to(z.dtype))
         # the scale goes on the rank-sized tensor, the smallest there is
         z = F.linear(x, A.to(x.dtype)) * self.scale
         return F.linear(z, B.to(x.dtype))

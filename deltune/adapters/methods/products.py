@@ -376,8 +376,8 @@ class Hira(Delta):
 
     def out(self, x: Tensor, W: Tensor) -> Tensor:
         if self.site.kind == "embedding":
-            z = F.embedding(x, self.hira_A.T, self.site.padding_idx)
-            return F.embedding(x, W.T) * F.linear(z, self.hira_B)
+            z = F.embedding(x, self.hira_A.T, self.site.padding_idx).to(self.site.dtype)
+            return F.embedding(x, W.to(z.dtype).T) * F.linear(z, self.hira_B.to(z.dtype))
         # apart from W x: in a short number type W + ΔW would lose the small steps that ΔW takes
         return F.linear(x, self.delta(W).to(x.dtype))
 

@@ -98,6 +98,7 @@ class TrainableTokens(Delta):
 
     kinds = ("embedding", "linear")
     takes_dropout = False
+    widens = "ids have no type, and the gradients of a token that comes often add up in the stored one"
     follows_ties = True
     peft = PeftFormat(
         type="TRAINABLE_TOKENS",

@@ -80,6 +80,8 @@ class SuperTuningConfig(AdapterConfig):
 class Sparse(Delta):
     """ΔW from `values` at `entries`. Unchanged at its start."""
 
+    widens = "sparse products are in no short type"
+
     def build(self) -> None:
         count = self.count()
         self.entries = Entries(self.site.n_out, self.site.n_in, count, self.site.device, persistent=True)

@@ -288,6 +288,7 @@ C3A_STARTS = {"xavier": "xavier_uniform", "kaiming": "kaiming_uniform", "gaussia
 class C3a(Delta):
     """Block (m, n) of ΔW is circulant: entry (k, j) is w[m, n, (j − k) mod b] / in, with w [out/b, in/b, b]."""
 
+    widens = "Fourier transforms are in no short type"
     peft = PeftFormat(
         type="C3A",
         write=lambda config: {
