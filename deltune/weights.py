@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -202,10 +203,25 @@ def _in_bfloat16(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sums_bfloat16_in_float32(weight: Tensor) -> bool:
     """Whether `weight.addmm_` is oneDNN's, which adds to the weight before it rounds; torch's own kernel may not."""
-    return (
-        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-        and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )  # fmt: skip
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous() and multiplies_bfloat16("cpu")
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32, by its own instructions: CUDA from compute capability 8.0
+    on, CPUs for which oneDNN has them (avx512_bf16, amx_bf16, Arm's), Apple's GPUs where torch multiplies it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and _cpu_multiplies_bfloat16()
+    return device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # oneDNN's own answer is yes for plain AVX-512 too, where it multiplies bfloat16 in float32 and no faster
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def row_squares(weight: Tensor) -> Tensor:

@@ -99,6 +99,25 @@ def test_the_fast_decomposition_is_as_near_as_it_says(shape):
         assert torch.equal(U, svd.largest(W, 16, generator())[0])
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_bfloat16_weight_is_decomposed_without_a_copy_of_it(monkeypatch, fast):
+    """Whether or not the machine multiplies bfloat16: the part is that of a float32 weight of the same values."""
+    monkeypatch.setattr(svd, "multiplies_bfloat16", lambda device: fast)
+    n, rank = 512, 16
+    Q = torch.linalg.qr(torch.randn(2, n, n, generator=generator()))[0]
+    W = (Q[0] * (1 / torch.arange(1, n + 1))) @ Q[1].T
+    stored = W.bfloat16()
+    U, S, V = svd.chosen(stored.float(), range(rank))
+    best = (U * S) @ V.T
+    U, S, V = svd.largest(stored, rank, generator())
+    assert U.dtype == S.dtype == V.dtype == torch.float32
+    assert torch.linalg.vector_norm((U * S) @ V.T - best) < 0.006 * torch.linalg.vector_norm(best)
+    # the triplets belong together exactly, however the subspace was found
+    torch.testing.assert_close(stored.float().T @ U, V * S, rtol=0, atol=1e-5 * S[0].item())
+    left = torch.randn(n, 3, generator=generator())
+    torch.testing.assert_close(svd.left_product(left, stored), left.T @ stored.float())
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (200, 300), (300, 200)])
 @pytest.mark.parametrize("kind", ["flat", "falling", "deficient"])
 def test_the_smallest_components_are_found_without_the_others(shape, kind):

@@ -15,6 +15,7 @@ from torch import Tensor
 from deltune.adapters import draw
 from deltune.adapters.init import svd
 from deltune.adapters.init.nf4 import round_trip
+from deltune.weights import float_view
 
 if TYPE_CHECKING:
     from deltune.adapters.methods.lora import LoraConfig  # what a config says of its start
@@ -91,8 +92,8 @@ def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked:
 
     Q's first r columns are those of W's first r columns alone, and the first r rows of R are QᵀW.
     """
-    Q = torch.linalg.qr(W[:, :rank])[0]
-    return Q.T @ W, Q
+    Q = torch.linalg.qr(float_view(W[:, :rank]))[0]
+    return svd.left_product(Q, W), Q
 
 
 def mica(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
@@ -122,3 +123,4 @@ FROM_BASE: dict[str, Callable[[Tensor, int, float, torch.Generator, LoraConfig],
     "loftq": loftq,
 }
 RESIDUAL = frozenset({"pissa", "milora", "olora", "loftq"})  # their s·B·A is taken out of W
+READ_STORED = frozenset({"pissa", "olora"})  # take W in the type that it is stored in; the others in float32 or wider

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltune.weights import float_view, multiplies_bfloat16, row_blocks
+
 POWER_STEPS = 2
 BLOCKS = 4  # of the inverse Krylov space between two looks at its error
 TOLERANCE = 1e-4
@@ -19,7 +21,8 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 def normal_like(W: Tensor, rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Drawn on the CPU in float32, so that every device has the same."""
-    return torch.empty(rows, columns, dtype=torch.float32).normal_(generator=generator).to(W)
+    drawn = torch.empty(rows, columns, dtype=torch.float32).normal_(generator=generator)
+    return drawn.to(W.device, torch.promote_types(W.dtype, torch.float32))
 
 
 def chosen(W: Tensor, places: Sequence[int]) -> Triplets:
@@ -30,23 +33,48 @@ def chosen(W: Tensor, places: Sequence[int]) -> Triplets:
 
 
 def largest(W: Tensor, rank: int, generator: torch.Generator, how: str = "fast") -> Triplets:
-    """The `rank` largest triplets.
+    """The `rank` largest triplets, in float32 or wider, of a weight as it is stored.
 
     fast: randomised (arXiv:0909.4061) with 2·rank columns and two power steps, each with a thin QR. Measured at rank 16
     of 1024² against the true part of that rank (relative, Frobenius): U S Vᵀ is off by 0.2 % where the i-th value is 1/i,
     0.4 % with noise on that, 6 % where it is 1/√i. On a flat spectrum, where there is no true part to find, it holds
-    87 % of the energy that the best part holds.
+    87 % of the energy that the best part holds. A bfloat16 weight is multiplied as such on the way to the subspace, and
+    exactly where the triplets are formed: 0.43 % in the place of 0.40 %, in 0.6 of the time (4096², noise).
     """
     if how == "full" or 2 * rank >= min(W.shape):
-        return chosen(W, range(rank))
-    basis = torch.linalg.qr(W @ normal_like(W, W.shape[1], 2 * rank, generator))[0]
+        return chosen(float_view(W), range(rank))
+    if not (W.dtype == torch.bfloat16 and multiplies_bfloat16(W.device)):
+        W = float_view(W)
+    basis = torch.linalg.qr(_times(W, normal_like(W, W.shape[1], 2 * rank, generator)))[0]
     for _ in range(POWER_STEPS):
-        basis = torch.linalg.qr(W.T @ basis)[0]
-        basis = torch.linalg.qr(W @ basis)[0]
+        basis = torch.linalg.qr(_times(W.T, basis))[0]
+        basis = torch.linalg.qr(_times(W, basis))[0]
     # the small side through a QR first: an SVD of [2·rank, in] by itself would be the slowest part
-    Q, R = torch.linalg.qr(W.T @ basis)
+    Q, R = torch.linalg.qr(left_product(basis, W).T)
     X, S, Yh = torch.linalg.svd(R.T)
     return (basis @ X)[:, :rank], S[:rank], (Q @ Yh.T)[:, :rank]
+
+
+def _times(W: Tensor, basis: Tensor) -> Tensor:
+    """W @ basis in float32 or wider, as near to it as W's own type computes: enough for a step towards a subspace."""
+    basis = basis.to(W.dtype)
+    if W.is_contiguous():
+        found = W @ basis
+    else:
+        found = (basis.T @ W.T).T  # a weight is read fastest along its rows (4096²: 18 ms against 28)
+    return float_view(found)
+
+
+def left_product(left: Tensor, W: Tensor) -> Tensor:
+    """leftᵀ [r, out] @ W [out, in] in float32 or wider, of a weight in its stored type without a copy of it."""
+    dtype = torch.promote_types(left.dtype, torch.promote_types(W.dtype, torch.float32))
+    left = left.to(dtype)
+    if W.dtype == dtype:
+        return left.T @ W
+    found = left.new_zeros(left.shape[1], W.shape[1])
+    for rows in row_blocks(W):
+        found.addmm_(left[rows].T, W[rows].to(dtype))
+    return found
 
 
 def smallest(W: Tensor, rank: int, generator: torch.Generator, how: str = "fast") -> Triplets:
