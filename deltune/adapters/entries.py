@@ -6,10 +6,12 @@ Legend: the matrix is [out, in] with n values [n] at `places` [2, n], their rows
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +35,21 @@ def scattered(total: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` different numbers below `total`, in order, all sets alike probable. Costs of the order of count if that is small."""
     if 4 * count > total:
         return torch.randperm(total, generator=generator)[:count].sort().values
-    found = torch.randint(total, (count,), generator=generator).unique()
-    while len(found) < count:  # never too many at once, so that none has to be taken out again
-        found = torch.cat([found, torch.randint(total, (count - len(found),), generator=generator)]).unique()
-    return found
+    # as many draws as will, but for one in millions, hold enough different ones; of those, some are taken out at random
+    repeated = -total * math.log1p(-count / total) - count
+    found = _different(torch.randint(total, (math.ceil(count + repeated + 6 * math.sqrt(repeated) + 8),), generator=generator))
+    while len(found) < count:
+        found = _different(torch.cat([found, torch.randint(total, (count - len(found),), generator=generator)]))
+    if len(found) == count:
+        return found
+    kept = torch.ones(len(found), dtype=torch.bool)
+    kept[scattered(len(found), len(found) - count, generator)] = False
+    return found[kept]
+
+
+def _different(numbers: Tensor) -> Tensor:
+    """The numbers in order, each once. NumPy sorts whole numbers four times as fast as `unique` does."""
+    return torch.from_numpy(np.sort(numbers.numpy())).unique_consecutive()
 
 
 def by_magnitude(W: Tensor, count: int, *, top: bool = True) -> Tensor:
