@@ -190,7 +190,7 @@ def test_the_layout_follows_places_that_are_written_anew():
 
 
 def test_draws_are_distinct_in_range_and_pefts():
-    for total, count in ((10, 10), (1000, 30), (50, 20)):
+    for total, count in ((10, 10), (1000, 30), (50, 20), (100_000, 2_000), (50_000, 12_400)):
         found = scattered(total, count, torch.Generator().manual_seed(1))
         assert len(set(found.tolist())) == count and found.min() >= 0 and found.max() < total
     assert torch.equal(permuted(100, 7, 3), torch.randperm(100, generator=torch.Generator().manual_seed(3))[:7])
