@@ -16,7 +16,7 @@ from deltune.adapters.methods.lora import LoraConfig
 from deltune.models.dry_run import CostUnknown, _Account, dry_run
 from deltune.optim.build import state_bytes
 from deltune.optim.config import AdamW
-from deltune.training.loss import causal_lm_step
+from deltune.training.loss import LossStep, causal_lm_step
 from tests.conftest import ROOT
 from tests.synthetic import batch_of
 
@@ -56,8 +56,9 @@ def build(name, dtype, lora, device):
     return attach(model, LoraConfig(rank=4)) if lora else model
 
 
-def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumulate=False):
+def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumulate=False, fast=True):
     """The account of a real step on the CPU, by training's own loss."""
+    step = LossStep(model) if fast else causal_lm_step
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -71,7 +72,7 @@ def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumula
     with account:
         account.hold(p.grad for p in parameters if p.grad is not None)
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = causal_lm_step(model, batch_of(ids, ids, mask))
+            loss = step(model, batch_of(ids, ids, mask))
         account.forward_is_done()
         loss.backward()
     return account
@@ -83,12 +84,13 @@ MODES = [
     ("full, second micro-batch", torch.float32, False, {"accumulate": True}),
     ("full, autocast, recomputed", torch.float32, False, {"autocast": torch.bfloat16, "recompute": True}),
     ("LoRA", torch.bfloat16, True, {}),
+    ("LoRA, whole logits", torch.bfloat16, True, {"fast": False}),
     ("LoRA, autocast", torch.float32, True, {"autocast": torch.bfloat16}),
     ("LoRA, recomputed", torch.bfloat16, True, {"recompute": True}),
 ]
 
 
-CASES = [("llama", *mode) for mode in MODES] + [(name, *mode) for name in configs() if name != "llama" for mode in (MODES[0], MODES[3], MODES[6])]
+CASES = [("llama", *mode) for mode in MODES] + [(name, *mode) for name in configs() if name != "llama" for mode in (MODES[0], MODES[3], MODES[7])]
 
 
 @pytest.mark.parametrize(("model", "mode", "dtype", "lora", "settings"), CASES, ids=[f"{c[0]}, {c[1]}" for c in CASES])
@@ -112,11 +114,13 @@ def test_flops_are_those_of_torchs_counter():
         return model
 
     model, ids = model_on("cpu"), torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) % 200
+    step = LossStep(model)
     with FlopCounterMode(display=False) as counter:
-        causal_lm_step(model, batch_of(ids, ids, torch.ones_like(ids))).backward()
+        step(model, batch_of(ids, ids, torch.ones_like(ids))).backward()
     found = dry_run(model_on("meta"), batch=BATCH, seq=SEQ)
     assert found.flops == counter.get_total_flops()
-    assert sum(kernel.flops for kernel in found.forward) < found.flops / 2  # LoRA: as much backward, and its own gradients
+    head = BATCH * (SEQ - 1) * 2 * 64 * 203  # the gradient of its states is made in the forward pass
+    assert sum(kernel.flops for kernel in found.forward) - head < found.flops / 2  # LoRA: as much backward, and its own gradients
 
 
 def test_only_trained_positions_reach_the_head():
@@ -138,7 +142,8 @@ def test_recomputing_saves_memory_and_costs_one_more_forward():
     model = build("llama", torch.bfloat16, True, "meta")
     plain, recomputed = (dry_run(model, batch=8, seq=128, recompute=flag) for flag in (False, True))
     assert recomputed.peak_bytes < 0.6 * plain.peak_bytes
-    forward = sum(k.flops for k in plain.forward) - 8 * 127 * 2 * 64 * 203  # the head is not recomputed
+    # the head is not recomputed, and its states' gradient is made in the forward pass
+    forward = sum(k.flops for k in plain.forward) - 8 * 127 * 4 * 64 * 203
     assert forward < recomputed.flops - plain.flops < 1.1 * forward  # the embedding's output has a gradient now
 
 
@@ -156,7 +161,7 @@ def test_the_model_is_left_as_it_was():
 CHILD = """
 import json, resource, sys
 import psutil, torch
-from tests.test_cost_dry_run import AdamW, attach, batch_of, causal_lm_step, LoraConfig
+from tests.test_cost_dry_run import AdamW, LossStep, attach, batch_of, LoraConfig
 from tests.tiny import tiny_model
 from deltune.optim.build import build_optimizer
 from deltune.optim.groups import parameter_groups
@@ -167,7 +172,7 @@ def take_steps(model, batch, seq, number):
         ids = torch.zeros(batch, seq, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, seq // 2:] = 0
-        causal_lm_step(model, batch_of(ids, ids, mask)).backward()
+        LossStep(model)(model, batch_of(ids, ids, mask)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,14 +1,13 @@
 """Loss, perplexity and token accuracy of a model on batches: sums over trained tokens divided once, so that batch
 size, ranks and order change nothing.
 
-Shapes: input_ids, labels [batch, seq]; logits [batch, kept, vocab]. Label -100 is not counted; the label of position
+Shapes: input_ids, labels [batch, seq]. Label -100 is not counted; the label of position
 t is the token at t + 1.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -16,13 +15,11 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from deltune import dist
 from deltune.errors import DataError
 from deltune.models.generation import inference, undisturbed_random
-
-IGNORE = -100
+from deltune.models.head import Head, scores, trained_rows
 
 # (model, batch) -> loss summed over the batch's trained tokens, or that and {"name": mean over these tokens}
 EvalStep = Callable[[torch.nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, dict[str, float]]"]
@@ -62,18 +59,20 @@ def evaluate(
     batches: Iterable[Any],
     *,
     forward: EvalStep | None = None,
+    head: Head | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """loss (nats per trained token), perplexity, token_accuracy, num_tokens, num_examples over all batches and ranks.
 
     Training mode and random state are as before afterwards. `forward` replaces the model's own loss; then there is
-    no token_accuracy, and its named numbers are averaged by trained tokens. Raises DataError without trained tokens.
+    no token_accuracy, and its named numbers are averaged by trained tokens. `head`, the description of the model's head
+    (`models.head.describe`), spares the logits. Raises DataError without trained tokens.
     """
     if forward is not None:
         return _evaluate_own(model, batches, forward, autocast or contextlib.nullcontext, device)
     total = Sums()
-    for sums in _by_source(model, batches, autocast, device).values():
+    for sums in _by_source(model, batches, head, autocast, device).values():
         total.add(sums)
     total = Sums(*dist.sum_over_ranks(list(astuple(total)), device))
     _require_tokens(total.tokens)
@@ -84,12 +83,13 @@ def evaluate_by_source(
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
+    head: Head | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """(metrics of everything, metrics of each source file that has trained tokens, by name)."""
     sources: dict[str, Sums] = {}
-    for gathered in dist.gather_objects(_by_source(model, batches, autocast, device)):
+    for gathered in dist.gather_objects(_by_source(model, batches, head, autocast, device)):
         for source, sums in gathered.items():
             sources.setdefault(source, Sums()).add(sums)
     total = Sums()
@@ -112,39 +112,26 @@ def _require_tokens(count: float) -> None:
         )
 
 
-def _by_source(model: torch.nn.Module, batches: Iterable[Any], autocast: Any, device: Any) -> dict[str, Sums]:
+def _by_source(model: torch.nn.Module, batches: Iterable[Any], head: Head | None, autocast: Any, device: Any) -> dict[str, Sums]:
     """This rank's sums."""
     sources: dict[str, Sums] = {}
     with inference(model), undisturbed_random(model):
         for batch in batches:
             batch = batch.to(device)
             with (autocast or contextlib.nullcontext)():
-                loss, correct, trained, row_of = token_scores(model, batch)
+                loss, correct, row_of = token_scores(model, batch, head)
             sums = torch.zeros(len(batch.rows), 3, dtype=torch.float64)
-            sums.index_add_(0, row_of.flatten(), torch.stack([loss, correct.double(), trained.double()], dim=-1).flatten(0, 1))
+            sums.index_add_(0, row_of, torch.stack([loss, correct.double(), torch.ones_like(loss)], dim=-1))
             for row, values in zip(batch.rows, sums.tolist(), strict=True):
                 sources.setdefault(source_of(row), Sums()).add(Sums(*values, examples=1))
     return sources
 
 
-def token_scores(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss in float64, correct, trained, index of the batch's row), each [batch, kept] on the CPU: positions where any
-    row of the batch is trained."""
-    targets = batch.labels[:, 1:]
-    kept = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    inputs = batch.inputs()
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=kept).logits  # the head is the widest layer
-    else:
-        logits = model(**inputs).logits[:, kept]
-    targets = targets[:, kept]
-    trained = targets != IGNORE
-    loss = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    correct = torch.zeros_like(trained)
-    chosen = logits[trained].float()  # [trained tokens, vocab]
-    loss[trained] = cross_entropy(chosen, targets[trained], reduction="none")
-    correct[trained] = chosen.argmax(-1) == targets[trained]
-    return loss.to("cpu", torch.float64), correct.cpu(), trained.cpu(), batch.row_of_tokens()[:, kept].cpu()
+def token_scores(model: torch.nn.Module, batch: Any, head: Head | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss in float64, whether it was the most probable one, index of the batch's row) of each trained token, on the CPU."""
+    places, targets = trained_rows(batch.labels)
+    loss, correct = scores(model, head, batch.inputs(), places, targets)
+    return loss.to("cpu", torch.float64), correct.cpu(), batch.row_of_tokens().flatten()[places].cpu()
 
 
 @dataclass

@@ -8,7 +8,6 @@ Shapes: batch = examples, seq = tokens of the longest of them.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from deltune.errors import ModelError
+from deltune.models.head import Head, describe, summed_loss
 
 SMALL = 1 << 25  # bytes of the largest block that glibc keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 PARTS = ("gradients", "weight_copies", "activations", "logits")
@@ -63,19 +63,20 @@ class StepAccount:
 
 def dry_run(
     model: nn.Module, *, batch: int, seq: int, trained: int | None = None, padded: bool = True, device: str = "cpu",
-    autocast: torch.dtype | None = None, recompute: bool = False, accumulate: bool = False,
+    autocast: torch.dtype | None = None, recompute: bool = False, accumulate: bool = False, fast: bool = True,
 ) -> StepAccount:
     """The account of one micro-batch [batch, seq] through a Hugging Face causal language model on the meta device.
 
     `trained` tokens reach the output head (None: all). `padded` says that examples differ in length, so that attention
     has a mask. `device` (its type) decides which attention kernel runs. `recompute` is gradient checkpointing, and
-    `accumulate` says that gradients of an earlier micro-batch are there already. Raises CostUnknown, and ModelError
-    where a model cannot recompute.
+    `accumulate` says that gradients of an earlier micro-batch are there already; `fast` that the loss is computed without
+    logits where it can be. Raises CostUnknown, and ModelError where a model cannot recompute.
     """
 
     def kernels() -> _KernelShapes:
         return _KernelShapes(device, autocast, padded)
 
+    head = describe(model) if fast else None
     account = _Account(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -88,7 +89,7 @@ def dry_run(
         with torch.device("meta"), account:
             account.hold(parameter.grad for parameter in parameters if parameter.grad is not None)
             with kernels():
-                loss = _summed_loss(model, batch, seq, batch * (seq - 1) if trained is None else trained)
+                loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device)
             account.forward_is_done()
             torch.autograd.backward([loss])
     except (NotImplementedError, RuntimeError) as error:
@@ -124,22 +125,12 @@ def _no_recompute(model: nn.Module) -> None:
     model.disable_input_require_grads()  # which enabling has switched on
 
 
-def _summed_loss(model: nn.Module, batch: int, seq: int, trained: int) -> Tensor:
-    """The summed cross-entropy as training computes it: where a model lets one choose, only trained positions enter
-    the output head."""
+def _summed_loss(model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str) -> Tensor:
+    """The loss by the function that training computes it with, of so many trained tokens, wherever they are."""
     ids, mask = torch.zeros(batch, seq, dtype=torch.long), torch.ones(batch, seq, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        logits = model(**inputs).logits[:, :-1]
-    else:
-        rows = torch.arange(trained)
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[rows][None],))
-        try:
-            logits = model(**inputs).logits
-        finally:
-            hook.remove()
-    targets = torch.zeros(logits.shape[:-1], dtype=torch.long)
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")
+    rows, targets = torch.arange(trained), torch.zeros(trained, dtype=torch.long)
+    return summed_loss(model, head, inputs, rows, targets, device=device)
 
 
 class _Account(TorchDispatchMode):
