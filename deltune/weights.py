@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -222,6 +222,15 @@ def _cpu_multiplies_bfloat16() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.no_grad()
+def store_as(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> None:
+    """Round every floating parameter of a module to a type, one at a time; ties stay. Buffers, and parameters in whose name
+    one of `but` is a part, keep theirs."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not set(but) & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def row_squares(weight: Tensor) -> Tensor:

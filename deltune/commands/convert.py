@@ -36,7 +36,7 @@ def convert(settings: ConvertSettings) -> Converted:
     out = Path(settings.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"out={out}: something is there already. What fits: a folder that does not exist, or an empty one.")
-    with opened(settings) as it:
+    with opened(settings, as_stored=True) as it:
         made = to_lora(it.model, rank=settings.rank, svd=settings.svd)
         save_adapter(it.model, out, name=made.name, base=settings.model.path)
     return made

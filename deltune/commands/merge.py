@@ -70,7 +70,7 @@ def merge_to_folder(settings: MergeSettings) -> Verdict:
         raise ConfigError(f"out={out}: something is there already. What fits: a folder that does not exist, or an empty one.")
     written = out.with_name(f".{out.name}.merged")
     try:
-        with opened(settings) as it:
+        with opened(settings, as_stored=True) as it:
             ids = text_ids(it)
             expected = logits(it, ids)
             num_layers = len(wrappers(it.model))

@@ -24,9 +24,12 @@ class Opened:
 
 
 @contextmanager
-def opened(settings: Trained) -> Iterator[Opened]:
-    """The model of `settings` with its adapter, frozen, on its device. Raises what loading any of them raises."""
+def opened(settings: Trained, *, as_stored: bool = False) -> Iterator[Opened]:
+    """The model of `settings` with its adapter, frozen, on its device. `as_stored` keeps weights that are to be written
+    again in their own type, whatever engine.precision is. Raises what loading any of them raises.
+    """
     from deltune.adapters.files import load_adapter
+    from deltune.commands.arithmetic import of_use
     from deltune.engines.build import build
     from deltune.models.load import check_pair, load, load_tokenizer
 
@@ -35,6 +38,8 @@ def opened(settings: Trained) -> Iterator[Opened]:
         tokenizer = load_tokenizer(settings.model)
         model = load(settings.model)
         check_pair(model.config, tokenizer)
+        if not as_stored:
+            engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:
             load_adapter(model, settings.adapter)
         model.requires_grad_(False)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from deltune.engines.config import EngineConfig
+from deltune.engines.precision import AUTOCAST, Precision
 from deltune.errors import EngineError
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,7 +60,12 @@ class Engine:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         self.device = pick_device(config.device)
-        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.compute_in(Precision(config.precision))
+
+    def compute_in(self, precision: Precision) -> None:
+        """Take what `precision.settle` has made of engine.precision; until then auto is the weights' own type."""
+        self.precision = precision.name
+        self.loss_scale = LossScale() if precision.name == "fp16" else None
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
         """Move the model to the device; on several ranks also make the trained weights equal to rank 0's."""
@@ -68,7 +73,7 @@ class Engine:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The arithmetic of a forward pass."""
-        dtype = AUTOCAST.get(self.config.precision)
+        dtype = AUTOCAST.get(self.precision)
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
