@@ -6,7 +6,7 @@ Merging writes the deltas into a copy of the stored weight and keeps the origina
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from deltune.dist import gathered
 from deltune.errors import AdapterError
 
 
+class Fused(Protocol):
+    def answer(self, layer: Adapted, x: Tensor) -> Tensor | None:
+        """What the layer answers to x; None where it is to compute that plainly."""
+
+
 class Adapted(Wrapper):
     """A Linear, Conv1D, Embedding or norm with deltas. Called as the layer is called."""
 
@@ -29,16 +34,23 @@ class Adapted(Wrapper):
         self.site = site_of(name, layer)
         self.merged: list[str] = []
         self._originals: dict[str, nn.Parameter] = {}  # the layer's own tensors while deltas are merged
+        self.fused: Fused | None = None  # what computes this layer in one node where it can, see fused.py
         self._squares: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # a weight, what tells that it has changed, ‖rows‖²
 
     def forward(self, x: Tensor) -> Tensor:
-        return Below(self, self.to_run())(x)
+        y = None if self.fused is None else self.fused.answer(self, x)
+        return Below(self, self.to_run())(x) if y is None else y
 
     def to_run(self) -> list[str]:
         """The adapters that act now and are not in the weight. AdapterError if one in it would have to be trained."""
         if self.merged and self.training and torch.is_grad_enabled() and not self.fixed.issuperset(self.merged):
             raise AdapterError(f"{self.site.name}: adapters {', '.join(self.merged)} are merged and would not be trained; unmerge the model first")
         return [name for name in self.running if name not in self.merged]
+
+    def dropout_of(self, name: str) -> float:
+        """The share of its input that this adapter drops now."""
+        silent = not self.training or name in self.fixed or self.site.kind == "embedding"
+        return 0.0 if silent else self.adapters[name].config.dropout
 
     def originals(self) -> dict[str, Tensor]:
         """The base layer's tensors as they were before any merge."""
@@ -156,13 +168,14 @@ class Below:
 
     @property
     def bare(self) -> bool:
-        layer = self.adapted.base_layer
-        # hooks, and a forward put on the module itself, do more than the layer's class does
-        return self.place == 0 and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer))
+        return self.place == 0 and not watched(self.adapted.base_layer)
 
     def drop(self, x: Tensor) -> Tensor:
-        adapted, name = self.adapted, self.running[self.place]
-        rate = adapted.adapters[name].config.dropout
-        if not rate or not adapted.training or name in adapted.fixed or adapted.site.kind == "embedding":
-            return x
-        return F.dropout(x, rate)
+        rate = self.adapted.dropout_of(self.running[self.place])
+        return F.dropout(x, rate) if rate else x
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class does: by hooks, or by a forward put on the module itself."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)

@@ -102,13 +102,16 @@ class Magnitude(Delta):
         whole = squares if zero else squares + 2 * scale * weights.row_products(W, left, right) + scale**2 * own
         return whole.clamp_min(torch.finfo(whole.dtype).tiny).sqrt()  # a row of zeros has a direction of zeros
 
+    def stretch(self, base: Base) -> Tensor:
+        """What each output is to be longer by [out], with gradient by m."""
+        # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
+        return self.magnitude / self.norms(*base.stored()).to(self.magnitude.dtype) - 1
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        (W, squares), bias = base.stored(), base.bias()
-        # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
-        gain = self.magnitude / self.norms(W, squares).to(self.magnitude.dtype)
+        stretch, bias = self.stretch(base), base.bias()
         out = self.inner.out(base.drop(x), base.weight() if self.inner.reads_base else None).to(y.dtype)
-        return Stretched.apply(y + out, gain - 1, bias)
+        return Stretched.apply(y + out, stretch, bias)
 
     def delta(self, W: Tensor) -> Tensor:
         whole = W + self.inner.delta(W)

@@ -263,6 +263,7 @@ class Lora(Ranked):
     """ΔW = s·B·A, or s·(B·A - B₀·A₀) after a start that is taken out of W. Unchanged at its start, but for init=nonzero."""
 
     kinds = ("linear", "conv1d", "embedding")
+    in_product_form = True
     factors = ("lora_A", "lora_B")
     looks_at_stored = True
     peft = PEFT
@@ -318,18 +319,20 @@ class Lora(Ranked):
             return self.lora_B, self.lora_A, self.scale
         return torch.cat([self.lora_B, -self.start_B], 1), torch.cat([self.lora_A, self.start_A]), self.scale
 
-    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        out = self._pair(x, self.lora_A, self.lora_B)
-        # not as one product of rank 2r: two equal sums cancel to exactly zero, and one sum over both may not
-        return out - self._pair(x, self.start_A, self.start_B) if self.taken_out else out
+    def running_product(self) -> tuple[Tensor, Tensor, float]:
+        if not self.taken_out:
+            return self.product()
+        # B·A - B₀·A₀ as B·(A - A₀) + (B - B₀)·A₀: zeros at the start, and differences are taken before they are rounded
+        B = torch.cat([self.lora_B, self.lora_B - self.start_B], 1)
+        return B, torch.cat([self.lora_A - self.start_A, self.start_A]), self.scale
 
-    def _pair(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        B, A, scale = self.running_product()
         if self.site.kind == "embedding":
-            # gradients of ids that come often add up in the stored type; only what is rank wide is in it
-            z = (F.embedding(x, A.T, self.site.padding_idx) * self.scale).to(self.site.dtype)  # [..., rank]
-            return F.linear(z, B.to(z.dtype))
+            z = F.embedding(x, A.T, self.site.padding_idx)  # [..., rank]
+            return F.linear(z * scale, B)
         # the scale goes on the rank-sized tensor, the smallest there is
-        z = F.linear(x, A.to(x.dtype)) * self.scale
+        z = F.linear(x, A.to(x.dtype)) * scale
         return F.linear(z, B.to(x.dtype))
 
     def ranked(self) -> dict[str, int]:
