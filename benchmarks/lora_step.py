@@ -86,7 +86,7 @@ def run_deltune(pipe, folder: str, rows, micro_batch: int, num_steps: int) -> No
     model.train()
     loop = Loop(
         model,
-        loader=Loader(data, micro_batch=micro_batch, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, group_by_length=False, pad_id=0, num_examples=None),
+        loader=Loader(data, micro_batch=micro_batch, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, pad_id=0, num_examples=None),
         optimizer=build_optimizer(parameter_groups(model.named_parameters(), config), config), schedule=lambda step: 1.0,
         engine=Engine(Single(device="cpu")), info=RunInfo(Path("."), "bench", num_steps, 0, 1, 1, {}),
         train=TrainConfig(steps=num_steps, micro_batch=micro_batch), eval=EvalConfig(), checkpoint=CheckpointConfig(),

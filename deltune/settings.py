@@ -163,9 +163,17 @@ def _data_rules(run: Run) -> Iterator[str]:
         for key in ("max_source_length", "max_target_length", "train_on_source"):
             if _changed(data, key):
                 yield f"data.{key} has no effect with data.mode=pretrain, which trains every token"
+    tokens = run.train.micro_batch_tokens
+    if tokens is not None:
+        if data.batching in ("grouped", "padded"):
+            yield f"train.micro_batch_tokens needs packed batches: data.batching=auto or packed, not {data.batching}"
+        if _changed(run.train, "micro_batch"):
+            yield "train.micro_batch cannot be given together with train.micro_batch_tokens: a micro-batch is filled by examples or by tokens"
+        if data.max_length > tokens:
+            yield f"data.max_length must be at most train.micro_batch_tokens={tokens}: a micro-batch holds whole examples only"
     if data.streaming:
-        if data.group_by_length:
-            yield "data.group_by_length needs the lengths of all rows, which data.streaming does not know beforehand"
+        if data.batching == "grouped":
+            yield "data.batching cannot be grouped with data.streaming, which does not know the lengths of all rows beforehand"
         if data.eval_size:
             yield "data.eval_size needs all rows, which data.streaming does not know beforehand: name a file in data.eval"
         if run.train.steps is None:

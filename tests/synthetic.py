@@ -77,7 +77,7 @@ def make_loop(
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config), config)
     loader = Loader(
         rows, micro_batch=micro_batch, accumulate=accumulate, rank=engine.rank, world_size=engine.world_size,
-        seed=0, shuffle=shuffle, group_by_length=False, pad_id=PAD, num_examples=None,
+        seed=0, shuffle=shuffle, pad_id=PAD, num_examples=None,
     )
     saver = None if folder is None else Saver(CheckpointStore(folder / "checkpoints", limit))
     count = sum(p.numel() for p in model.parameters())

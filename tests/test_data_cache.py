@@ -118,7 +118,7 @@ def test_the_tokenizer_is_part_of_the_key(file, folder):
 def test_settings_that_change_no_token_share_an_entry(file, folder, encoded):
     load(file, folder)
     count = len(encoded)
-    load(file, folder, seed=7, shuffle=False, group_by_length=True, eval_size=3)
+    load(file, folder, seed=7, shuffle=False, batching="grouped", eval_size=3)
     assert len(encoded) == count
 
 

@@ -72,7 +72,7 @@ def test_batches_hold_what_the_examples_hold(file):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_accumulation_and_ranks_are_the_same_thing(file, shuffle, grouped):
     data = load(file)
-    common = {"shuffle": shuffle, "group_by_length": grouped, "num_examples": 41}
+    common = {"shuffle": shuffle, "batching": "grouped" if grouped else "padded", "num_examples": 41}
     whole = loader(data, micro_batch=12, **common)
     for micro, accumulate, world in ((2, 6, 1), (2, 3, 2), (2, 2, 3), (4, 1, 3), (1, 4, 3), (12, 1, 1)):
         ranks = [loader(data, micro_batch=micro, accumulate=accumulate, rank=r, world_size=world, **common) for r in range(world)]
@@ -112,7 +112,7 @@ def test_any_step_is_found_at_once_and_again(file):
     assert far == [n for k in range(8) for n in names(loader(data, micro_batch=1).step(80_000_000 + k))]
     assert far == names(loader(data, micro_batch=8).step(10_000_000))
     assert far != names(loader(data, micro_batch=8, seed=4).step(10_000_000))
-    grouped = loader(data, micro_batch=8, group_by_length=True)
+    grouped = loader(data, micro_batch=8, batching="grouped")
     assert len(names(grouped.step(10_000_000))) == 8
 
 
@@ -308,7 +308,7 @@ def test_a_stream_stops_at_a_bad_row_when_it_comes(tmp_path):
 def test_pairs_of_settings_that_exclude_each_other(file):
     for settings, word in (
         ({"streaming": True, "eval_size": 3}, "data.eval_size"),
-        ({"streaming": True, "group_by_length": True}, "data.group_by_length"),
+        ({"streaming": True, "batching": "grouped"}, "data.batching"),
         ({"eval": [file], "eval_size": 3}, "data.eval_size"),
         ({"eval_size": 2.5}, "a whole number"),
         ({"train": []}, "data.train is empty"),

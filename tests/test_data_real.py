@@ -144,5 +144,5 @@ def test_a_folder_of_real_files_is_one_source(real_data):
     result = prepared(real_data / "alpaca", tiny_tokenizer(), read_nums=1200, max_length=256)
     assert result.report.sources[0].num_files == 3 and len(result.train) == 1200
     assert result.train[999].row.endswith("alpaca_tiny.json[0]")
-    batches = Loader(result.train, micro_batch=4, pad_id=258, group_by_length=True).step(3)
+    batches = Loader(result.train, micro_batch=4, pad_id=258, batching="grouped").step(3)
     assert len(batches[0].rows) == 4

@@ -195,7 +195,7 @@ class Tape:
 
     def __init__(self, loader):
         self.loader, self.place = loader, 0
-        self.examples_per_epoch = None
+        self.epochs_after = loader.epochs_after
 
     def step(self, i):
         assert i == self.place, f"step {i} asked of a tape at {self.place}"

@@ -128,7 +128,7 @@ def test_less_memory_means_smaller_batches_then_recomputing_then_a_warning(write
 
     def need(size, recompute):
         run = run_from(init.values_of(seen, 256, size, 16 // size, recompute))
-        return estimate.memory_of(run, estimate.shapes_of(run), estimate.shapes_for(run, seen.found), seen.device).most
+        return estimate.memory_of(run, estimate.shapes_of(run), estimate.shapes_for(run, seen.found, "packed"), seen.device).most
 
     found = []
     for free in (need(4, False), 0.5 * (need(1, False) + need(1, True)), 1e4):
@@ -146,10 +146,12 @@ def test_rows_that_cannot_be_used_are_told_and_skipped(write, tmp_path):
     assert run.data.on_bad == "skip" and "1 rows cannot be used" in text and "1 rows cannot be used" in write.shown
 
 
-def test_uneven_examples_are_grouped_by_length(write, tmp_path):
+def test_uneven_examples_are_packed_and_where_that_cannot_be_grouped_by_length(write, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "r.jsonl", [{"prompt": "p", "completion": "a" * (200 if i % 8 == 0 else 5)} for i in range(900)])
     even = write_rows(tmp_path / "s.jsonl", [{"prompt": "p", "completion": "a" * (50 + i % 8)} for i in range(900)])
-    assert write(file)[1].data.group_by_length and not write(even)[1].data.group_by_length
+    assert write(file)[1].data.batching == "auto"
+    monkeypatch.setattr("deltune.commands.batching.cannot_pack", lambda model: "its layers are no attention")
+    assert [write(which)[1].data.batching for which in (file, even)] == ["grouped", "auto"]
 
 
 @pytest.mark.parametrize(("file", "mode"), [

@@ -100,7 +100,24 @@ def test_epochs_make_as_many_steps_as_the_loader_counts(stated, tmp_path, epochs
     tokenizer = tiny_tokenizer()
     data = prepare(run.data, tokenizer).train
     loader = Loader(data, micro_batch=micro_batch, accumulate=accumulate, pad_id=0)
-    assert plan.steps_of(run, survey.survey(run.data, tokenizer)) == loader.num_steps(epochs)
+    found = survey.survey(run.data, tokenizer)
+    assert plan.steps_of(run, found, estimate.shapes_for(run, found, "padded")) == loader.num_steps(epochs)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_steps_of_bins_are_those_that_the_loader_makes_and_about_so_many_where_data_is_sampled(stated, tmp_path, monkeypatch, sampled):
+    run = run_from(stated | {
+        "data.train": [write_rows(tmp_path / "many.jsonl", rows(300))], "train.epochs": 2.5, "train.micro_batch": 8,
+        "train.micro_batch_tokens": 256, "train.accumulate": 2,
+    })  # fmt: skip
+    data = prepare(run.data, tiny_tokenizer()).train
+    loader = Loader(data, micro_batch=8, micro_batch_tokens=256, batching="packed", accumulate=2, seed=run.data.seed, pad_id=0)
+    if sampled:
+        monkeypatch.setattr(survey, "QUICK_BYTES", 0)
+        monkeypatch.setattr(survey, "SAMPLE_ROWS", 100)
+    found = plan.make(run)
+    assert found.num_steps == (pytest.approx(loader.num_steps(2.5), rel=0.05) if sampled else loader.num_steps(2.5))
+    assert "256 tokens x 2" in text_of(found) and "none of them padding" in text_of(found)
 
 
 def test_the_page_opens_with_a_config_that_makes_the_same_run(stated, tmp_path):
@@ -198,7 +215,7 @@ def test_the_page_says_what_is_about(sampling, stated, tmp_path):
 def of_lengths(*lengths, chance=None):
     lengths = np.array(lengths)
     chance = np.full(len(lengths), 1 / len(lengths)) if chance is None else np.array(chance)
-    return survey.Survey(lengths, lengths // 2, chance, len(lengths), len(lengths), 0, 0.0, 1, False, [])
+    return survey.Survey(lengths, lengths // 2, chance, len(lengths), len(lengths), 0, 0.0, 1, [], None)
 
 
 def test_micro_batches_are_as_long_as_their_longest_example():
@@ -212,9 +229,19 @@ def test_micro_batches_are_as_long_as_their_longest_example():
 
 def test_the_longest_example_is_among_them_and_length_groups_pad_less():
     found = of_lengths(*range(1, 2000), 9000)
-    plain, grouped = (survey.micro_batches(found, 8, by_length=flag) for flag in (False, True))
+    plain, grouped = (survey.micro_batches(found, 8, batching=name) for name in ("padded", "grouped"))
     assert plain.longest == grouped.longest == 9000
     assert grouped.padding < 0.2 * plain.padding
+
+
+def test_packed_micro_batches_are_one_row_of_all_tokens():
+    by_number = survey.micro_batches(of_lengths(10, 30), 4, batching="packed", number=4000)
+    assert (by_number.size, by_number.padding, by_number.unfilled, by_number.examples) == (1, 0, 0, 4)
+    assert by_number.seq == pytest.approx(80, rel=0.05) and by_number.longest == sum(by_number.largest) == 120
+    assert abs(sum(by_number.typical) - by_number.seq) < 20
+    by_tokens = survey.micro_batches(of_lengths(10, 30), 8, batching="packed", capacity=95)
+    assert by_tokens.longest == sum(by_tokens.largest) == 90 and by_tokens.padding == 0
+    assert by_tokens.examples == pytest.approx(90 / 20, rel=0.05) and by_tokens.unfilled == pytest.approx(5 / 95, abs=0.01)
 
 
 # -- warnings ---------------------------------------------------------------------------------------------------
@@ -231,7 +258,7 @@ def test_every_remedy_for_too_little_memory_fits(tmp_path, monkeypatch):
     free = 0.35 * plan.make(load_run(words)).memory.most
     monkeypatch.setattr(estimate, "free_memory", lambda device: free)
     found = plan.make(load_run(words))
-    remedies = dict(estimate.fitting(found.run, found.found, found.device, free))
+    remedies = dict(estimate.fitting(found.run, found.found, "packed", found.device, free))
     assert len(remedies) >= 3 and any("gradient_checkpointing" in w for w in remedies) and any("accumulate" in w for w in remedies)
     for remedy, memory in remedies.items():
         keys = [word.partition("=")[0] for word in remedy.split()]
@@ -256,8 +283,10 @@ def test_a_full_disk_padding_and_cut_rows_are_pointed_out(stated, tmp_path, monk
         return "\n".join(plan.warnings(plan.make(run_from(stated | {"data.train": [mixed], "train.micro_batch": 8} | changes))))
 
     assert "save_total_limit" in said() and "13% of the rows are cut to data.max_length=64" in said()
-    assert "group_by_length=true" in said(**{"data.max_length": 512}) and "are cut" not in said(**{"data.max_length": 512})
-    assert "group_by_length" not in said(**{"data.max_length": 512, "data.group_by_length": True})
+    assert "padding" not in said() and "are cut" not in said(**{"data.max_length": 512})
+    assert "data.batching=auto" in said(**{"data.max_length": 512, "data.batching": "padded"})
+    assert "data.batching=grouped" in said(**{"data.max_length": 512, "fast": "off"})
+    assert "padding" not in said(**{"data.max_length": 512, "data.batching": "grouped"})
     monkeypatch.setattr(estimate, "free_disk", lambda folder: 1e12)
     assert "disk" not in said()
 

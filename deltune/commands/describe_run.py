@@ -10,7 +10,7 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def description(run: Any, engine: Any, data: Any, model: Any) -> dict[str, Any]:
+def description(run: Any, engine: Any, data: Any, model: Any, batching: Any) -> dict[str, Any]:
     """The `description` of RunInfo; docs/runs.md lists its keys."""
     from deltune.models.load import model_identity
 
@@ -23,6 +23,7 @@ def description(run: Any, engine: Any, data: Any, model: Any) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "data": data.report.to_dict(),
+        "batching": str(batching),
         **({} if run.adapter is None or run.result == "model" else {"adapter": adapter(run.adapter)}),
     }
 
@@ -54,6 +55,6 @@ def device(engine: Any) -> dict[str, Any]:
         "name": name,
         "processes": engine.world_size,
         "threads": torch.get_num_threads(),
-        "precision": engine.config.precision,
+        "precision": engine.precision,
         "system": platform.system(),
     }

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltune.commands.arithmetic import meant, of_run
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
-from deltune.engines.engine import AUTOCAST
+from deltune.engines.engine import pick_device
+from deltune.engines.precision import AUTOCAST
 from deltune.errors import AdapterError, ModelError
 from deltune.models.cost import Speed, arithmetic, device_speed
 from deltune.models.dry_run import dry_run
@@ -37,6 +39,7 @@ def shapes_of(run: Run) -> PreTrainedModel:
 
     compiled = run.model.attention in ("flash_attention_2", "flex_attention")
     model = empty(replace(run.model, attention="sdpa") if compiled else run.model)
+    of_run(run, model, pick_device(run.engine.device))
     if run.adapter is None:
         select_trainable(model, run.model.enable, run.model.disable)
     else:
@@ -46,10 +49,11 @@ def shapes_of(run: Run) -> PreTrainedModel:
     return model
 
 
-def shapes_for(run: Run, found: Survey) -> MicroBatches:
-    """The run's micro-batches; where there are fewer examples than one holds, of all of them."""
+def shapes_for(run: Run, found: Survey, batching: str) -> MicroBatches:
+    """The run's micro-batches; where there are fewer examples than one holds, of all of them. `batching` is packed,
+    grouped or padded, as `commands.batching` settles it."""
     size = min(run.train.micro_batch, found.examples_per_epoch)
-    return micro_batches(found, size, by_length=run.data.group_by_length)
+    return micro_batches(found, size, batching=batching, capacity=run.train.micro_batch_tokens)
 
 
 def trained_bytes(model: torch.nn.Module) -> int:
@@ -80,7 +84,7 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
     """The largest micro-batch of the run: `shapes.size` examples, one of them the longest there is."""
     account = dry_run(
         model, batch=shapes.size, seq=shapes.longest, trained=shapes.most_trained, padded=shapes.padding > 0,
-        device=device.type, autocast=AUTOCAST.get(run.engine.precision), recompute=run.model.gradient_checkpointing,
+        device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name), recompute=run.model.gradient_checkpointing,
         accumulate=run.train.accumulate > 1,
     )  # fmt: skip
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -110,14 +114,14 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available) + held_now()
 
 
-def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Iterator[tuple[str, Memory]]:
+def fitting(run: Run, found: Survey, batching: str, device: torch.device, free: float) -> Iterator[tuple[str, Memory]]:
     """Changes of the run, as words of a command line, after which it fits into `free` bytes: the mildest of each kind."""
 
     def needed(changed: Run) -> Memory:
         """ModelError or AdapterError where the model cannot do it."""
         limit = changed.data.max_length
         clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
-        return memory_of(changed, shapes_of(changed), shapes_for(changed, clipped), device)
+        return memory_of(changed, shapes_of(changed), shapes_for(changed, clipped, batching), device)
 
     for kind in (_smaller_batches(run), _recomputing(run), _lighter_weights(run), _shorter_examples(run, found), _adapter(run)):
         changes = list(kind)  # from the mildest, which needs most, to the strictest
@@ -132,7 +136,13 @@ def fitting(run: Run, found: Survey, device: torch.device, free: float) -> Itera
 
 def _smaller_batches(run: Run) -> Iterator[tuple[str, Run]]:
     """Fewer examples at once and as many in a step, so that the numbers stay the same."""
-    train = run.train
+    train, tokens = run.train, run.train.micro_batch_tokens
+    if tokens is not None:
+        while (tokens := tokens // 2) >= run.data.max_length:
+            accumulate = train.accumulate * (train.micro_batch_tokens // tokens)
+            changed = replace(run, train=replace(train, micro_batch_tokens=tokens, accumulate=accumulate))
+            yield f"train.micro_batch_tokens={tokens} train.accumulate={accumulate}", changed
+        return
     for size in range(train.micro_batch // 2, 0, -1):
         if train.micro_batch % size == 0:
             accumulate = train.accumulate * train.micro_batch // size
@@ -150,7 +160,7 @@ def _recomputing(run: Run) -> Iterator[tuple[str, Run]]:
 
 
 def _lighter_weights(run: Run) -> Iterator[tuple[str, Run]]:
-    if run.model.dtype in ("auto", "float32") and run.engine.precision == "fp32":
+    if run.model.dtype in ("auto", "float32") and run.engine.precision in ("auto", "fp32"):
         yield "model.dtype=bfloat16", replace(run, model=replace(run.model, dtype="bfloat16"))
 
 
@@ -188,10 +198,10 @@ def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatche
     seq = max(2, round(shapes.seq))
     account = dry_run(
         model, batch=shapes.size, seq=seq, trained=max(1, min(round(shapes.trained), shapes.size * (seq - 1))),
-        padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(run.engine.precision),
+        padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name),
         recompute=run.model.gradient_checkpointing,
     )  # fmt: skip
-    speed = device_speed(device, {arithmetic(run.engine.precision, p.dtype) for p in model.parameters()})
+    speed = device_speed(device, {arithmetic(meant(run, model, device).name, p.dtype) for p in model.parameters()})
     moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written
     step = run.train.accumulate * speed.seconds((*account.forward, *account.backward)) + moved / speed.bytes_per_second
     share = found.num_evaluation * found.evaluation_length / (shapes.size * shapes.seq)  # of a micro-batch's forward pass

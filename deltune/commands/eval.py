@@ -32,6 +32,7 @@ def main(words: list[str], file: Path | None = None) -> int:
 
 def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, answers). The result holds `all` and `sources`, each with its metrics, and what produced them."""
+    from deltune.commands.batching import settled
     from deltune.commands.open_model import opened, provenance
     from deltune.data.loader import eval_batches
     from deltune.evaluation.exact import exact_match
@@ -41,7 +42,8 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     began = time.perf_counter()
     with opened(settings) as (place):
         dataset = evaluation_data(settings, place.tokenizer)
-        batches = eval_batches(dataset, micro_batch=settings.micro_batch, pad_id=place.tokenizer.pad_token_id)
+        packed = settled(settings.data, place.model).packed
+        batches = eval_batches(dataset, micro_batch=settings.micro_batch, packed=packed, pad_id=place.tokenizer.pad_token_id)
         metrics, sources = evaluate_by_source(
             place.model, batches, autocast=place.engine.autocast, device=place.engine.device
         )

@@ -194,10 +194,12 @@ class Choice:
 def choose(seen: Seen) -> Choice:
     """Sensible values, by the rules that the file's comments state."""
     from deltune.commands import estimate
+    from deltune.commands.batching import settled
+    from deltune.data.config import DataConfig
     from deltune.models.dry_run import CostUnknown
     from deltune.settings import run_from
 
-    found, free = seen.found, estimate.free_memory(seen.device)
+    found, free, batching = seen.found, estimate.free_memory(seen.device), settled(DataConfig(), seen.model)
     limit = length_limit(seen)
     clipped = replace(found, lengths=found.lengths.clip(max=limit), trained=found.trained.clip(max=limit))
     wanted = wanted_batch(found.examples_per_epoch)
@@ -207,7 +209,7 @@ def choose(seen: Seen) -> Choice:
     def tried(size: int, recompute: bool) -> tuple[dict[str, Any], MicroBatches, Memory]:
         values = values_of(seen, limit, size, wanted // size, recompute)
         run = run_from(values)
-        shapes = estimate.shapes_for(run, clipped)
+        shapes = estimate.shapes_for(run, clipped, batching.name)
         return values, shapes, estimate.memory_of(run, estimate.shapes_of(run), shapes, seen.device)
 
     def fits(size: int, recompute: bool) -> bool:
@@ -219,8 +221,9 @@ def choose(seen: Seen) -> Choice:
         values, shapes, needed = tried(sizes[min(place, len(sizes) - 1)], recompute)
     except CostUnknown:
         values = values_of(seen, limit, wanted, 1, False)
-        shapes = estimate.shapes_for(run_from(values), clipped)
-    values["data"]["group_by_length"] = shapes.padding > MUCH_PADDING
+        shapes = estimate.shapes_for(run_from(values), clipped, batching.name)
+    if batching.why_padded and shapes.padding > MUCH_PADDING:
+        values["data"]["batching"] = "grouped"
     return Choice(values, needed.most if needed else None, free, place < len(sizes))
 
 
@@ -246,17 +249,16 @@ def values_of(seen: Seen, limit: int, micro_batch: int, accumulate: int, recompu
     epochs = 1 if seen.mode == "pretrain" else min(5, max(1, round(STEPS / steps_of_an_epoch)))
     held_out = {"eval": ["bundled"]} if seen.data_path == "bundled" else {"eval_size": min(HELD_OUT, num_examples // 20)}
     every = max(1, epochs * steps_of_an_epoch // 6)
-    half = seen.device.type == "cuda" and seen.model.dtype.itemsize == 4
     return {
         "model": {"path": seen.model_path, "gradient_checkpointing": recompute},
         "data": {
             "train": [seen.data_path], **held_out, "mode": seen.mode, "max_length": limit,
-            "on_bad": "skip" if seen.num_lost else "stop", "group_by_length": False,
+            "on_bad": "skip" if seen.num_lost else "stop", "batching": "auto",
         },
         "adapter": {"method": "lora", "rank": 16, "alpha": 32},
         "optim": {"lr": next(rate for size, rate in RATES if seen.num_parameters >= size)},
         "schedule": {"name": "cosine", "warmup": 0.03},
-        "engine": {"precision": "bf16" if half else "fp32"},
+        "engine": {"precision": "auto"},
         "train": {"epochs": epochs, "micro_batch": micro_batch, "accumulate": accumulate},
         "eval": {"every": every} if any(held_out.values()) else {},
         "checkpoint": {"every": every},
@@ -292,7 +294,10 @@ def starter(seen: Seen, choice: Choice) -> Iterator[str]:
         "mode": "trains the answers only; pretrain trains every token" if seen.mode == "sft" else "trains every token",
         "max_length": width if seen.mode == "sft" else "longer texts are cut into pieces of so many tokens",
         "on_bad": f"{seen.num_lost:,} rows cannot be used and go to rejects.jsonl" if seen.num_lost else "or skip, and write bad rows to rejects.jsonl",
-        "group_by_length": "examples of like length together, so that little is padding",
+        "batching": {
+            "auto": "joined into rows without padding, each seeing itself alone, where the model can; else padded",
+            "grouped": "examples of like length together, so that little is padding: this model cannot pack",
+        }[v["data"]["batching"]],
     })  # fmt: skip
     if seen.mode == "sft":
         yield "  # system: You are a helpful assistant."
@@ -303,7 +308,7 @@ def starter(seen: Seen, choice: Choice) -> Iterator[str]:
     yield "\nschedule:"
     yield from lines(v["schedule"], {"name": "or linear, constant, wsd ...: deltune list schedules", "warmup": "share of all steps; from 1 on a number of steps"})
     yield "\nengine:"
-    yield from lines(v["engine"], {"precision": "fp32 computes in the weights' own type; bf16 and fp16 under autocast"})
+    yield from lines(v["engine"], {"precision": "bfloat16 where the device is fast at it; fp32 computes in the weights' own type"})
     yield "\ntrain:"
     yield from lines(v["train"], {
         "epochs": "passes over the data; or steps: 300", "micro_batch": "examples at once",

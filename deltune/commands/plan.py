@@ -6,6 +6,7 @@ estimates, and say from what.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +36,7 @@ class Plan:
     model: PreTrainedModel
     found: Survey
     shapes: MicroBatches
+    why_padded: str  # where batches would be packed but for this
     num_steps: int
     device: torch.device
     memory: Memory | None  # None where the model's forward pass depends on its numbers: `unknown` says why
@@ -60,7 +62,7 @@ def make(run: Run) -> Plan:
     import torch
 
     from deltune.adapters.rules import gradient_rules, lr_ratios
-    from deltune.commands import estimate
+    from deltune.commands import batching, estimate
     from deltune.commands.survey import survey
     from deltune.engines.engine import pick_device
     from deltune.models.dry_run import CostUnknown
@@ -77,9 +79,10 @@ def make(run: Run) -> Plan:
     parameter_groups(model.named_parameters(), run.optim, lr_ratios(model, run.optim.rule, run.optim.rule_ratio))
     gradient_rules(model, run.optim.rule)
     found = survey(run.data, tokenizer)
-    num_steps = steps_of(run, found)
+    settled = batching.settled(run.data, model, tokens=run.train.micro_batch_tokens, fast=run.fast)
+    shapes = estimate.shapes_for(run, found, settled.name)
+    num_steps = steps_of(run, found, shapes)
     schedule(run.schedule, num_steps)
-    shapes = estimate.shapes_for(run, found)
     memory, time, unknown = None, None, ""
     try:
         memory = estimate.memory_of(run, model, shapes, device)
@@ -87,15 +90,25 @@ def make(run: Run) -> Plan:
     except CostUnknown as error:
         unknown = str(error)
     free, disk = estimate.free_memory(device), estimate.disk_of(run, model, num_steps)
-    return Plan(run, model, found, shapes, num_steps, device, memory, free, time, unknown, disk)
+    return Plan(run, model, found, shapes, settled.why_padded, num_steps, device, memory, free, time, unknown, disk)
 
 
-def steps_of(run: Run, found: Survey) -> int:
+def steps_of(run: Run, found: Survey, shapes: MicroBatches) -> int:
     """Optimizer steps of one process."""
-    if run.train.steps is not None:
-        return run.train.steps
-    num_examples = max(1, round((run.train.epochs or 1.0) * found.examples_per_epoch))
-    return -(-num_examples // (run.train.micro_batch * run.train.accumulate))
+    train, epochs = run.train, run.train.epochs or 1.0
+    if train.steps is not None:
+        return train.steps
+    if train.micro_batch_tokens is not None and found.data is not None:
+        from deltune.data.loader import Loader
+
+        loader = Loader(
+            found.data, micro_batch=1, micro_batch_tokens=train.micro_batch_tokens, accumulate=train.accumulate,
+            seed=run.data.seed, shuffle=run.data.shuffle, batching="packed", pad_id=0,
+        )  # fmt: skip
+        return loader.num_steps(epochs)
+    num_examples = max(1, round(epochs * found.examples_per_epoch))
+    per_step = train.micro_batch if train.micro_batch_tokens is None else shapes.examples
+    return math.ceil(num_examples / (per_step * train.accumulate))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------
@@ -121,7 +134,19 @@ def parameters(plan: Plan) -> list[str]:
     total = {"module": "all", **{key: sum(row[key] for row in rows) for key in ("tensors", "trainable", "total")}}
     cells = [[row["module"], f"{row['tensors']:,}", f"{row['trainable']:,}", f"{row['total']:,}"] for row in (*rows, total)]
     share = 100 * total["trainable"] / total["total"]
-    return [*aligned([["module", "tensors", "trainable", "total"], *cells]), f"{count(total['trainable'])} of {count(total['total'])} are trained ({share:.2g} %)"]
+    return [
+        *aligned([["module", "tensors", "trainable", "total"], *cells]),
+        f"{count(total['trainable'])} of {count(total['total'])} are trained ({share:.2g} %)",
+        _arithmetic(plan),
+    ]
+
+
+def _arithmetic(plan: Plan) -> str:
+    from deltune.commands.arithmetic import meant
+
+    stored, asked = str(plan.model.dtype).removeprefix("torch."), plan.run.engine.precision
+    name = meant(plan.run, plan.model, plan.device).name
+    return f"weights are stored in {stored} and multiplied {'in that type' if name == 'fp32' else f'under autocast in {name}'} (engine.precision={asked})"
 
 
 def data(plan: Plan) -> list[str]:
@@ -141,13 +166,21 @@ def data(plan: Plan) -> list[str]:
 
 def steps(plan: Plan) -> list[str]:
     train, shapes = plan.run.train, plan.shapes
-    batch = train.micro_batch * train.accumulate
-    epochs = plan.num_steps * batch / plan.found.examples_per_epoch
     about = "about " if plan.found.sampled and train.steps is None else ""
-    lines = [
-        f"{about}{plan.num_steps:,} steps of {batch:,} examples ({train.micro_batch} x {train.accumulate}), {epochs:.3g} epochs",
-        f"a micro-batch is {shapes.size} x {shapes.seq:.0f} tokens, {shapes.padding:.0%} of them padding; at most {shapes.size} x {shapes.longest:,}",
-    ]
+    per_batch = train.micro_batch if train.micro_batch_tokens is None else shapes.examples
+    epochs = plan.num_steps * per_batch * train.accumulate / plan.found.examples_per_epoch
+    if train.micro_batch_tokens is None:
+        size = f"{per_batch * train.accumulate:,} examples ({train.micro_batch} x {train.accumulate})"
+    else:
+        size = f"about {per_batch * train.accumulate:,.0f} examples ({train.micro_batch_tokens:,} tokens x {train.accumulate})"
+    lines = [f"{about}{plan.num_steps:,} steps of {size}, {epochs:.3g} epochs"]
+    if shapes.batching == "packed":
+        unfilled = f", {shapes.unfilled:.1%} of the room left over" if shapes.capacity else ""
+        lines.append(f"a micro-batch is packed: {shapes.examples:.3g} examples in a row of {shapes.seq:,.0f} tokens{unfilled}, none of them padding; at most {shapes.longest:,}")
+    else:
+        lines.append(f"a micro-batch is {shapes.size} x {shapes.seq:.0f} tokens, {shapes.padding:.0%} of them padding; at most {shapes.size} x {shapes.longest:,}")
+    if plan.why_padded:
+        lines.append(f"not packed: {plan.why_padded}")
     if plan.run.engine.name == "ddp":
         fewer = "" if train.steps is not None else ", and there are as many times fewer steps"
         lines.append(f"for one process; with deltune launch -n N a step has N times as many examples{fewer}")
@@ -211,8 +244,12 @@ def warnings(plan: Plan) -> Iterator[str]:
     lost = sum(report.rejected + report.overlong for report in plan.found.reports)
     if lost:
         yield f"{lost:,} of the rows looked at cannot be used: deltune preview names the first"
-    if plan.shapes.padding > MUCH_PADDING and not plan.run.data.group_by_length and not plan.run.data.streaming:
-        yield f"{plan.shapes.padding:.0%} of the work is padding: data.group_by_length=true puts examples of like length together"
+    if plan.shapes.padding > MUCH_PADDING and plan.shapes.batching == "padded":
+        mended = "data.batching=auto joins examples without padding"
+        if plan.why_padded:
+            mended = "" if plan.run.data.streaming else "data.batching=grouped puts examples of like length together"
+        if mended:
+            yield f"{plan.shapes.padding:.0%} of the work is padding: {mended}"
 
 
 def _too_large(plan: Plan, needed: Memory) -> Iterator[str]:
@@ -221,7 +258,7 @@ def _too_large(plan: Plan, needed: Memory) -> Iterator[str]:
 
     surely = "needs" if needed.least > plan.free else "may need"
     yield f"the run {surely} {written(needed.most)} of memory, and {written(plan.free)} are free. What fits:"
-    remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(plan.run, plan.found, plan.device, plan.free), NUM_REMEDIES)]
+    remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(plan.run, plan.found, plan.shapes.batching, plan.device, plan.free), NUM_REMEDIES)]
     if needed.least <= plan.free:
         remedies.insert(0, f"  {HEAP_REMEDY}  ({written(needed.least)}, some time)")
     yield from remedies[:NUM_REMEDIES] or ["  nothing that leaves model and data as they are; a smaller model, or a larger device"]

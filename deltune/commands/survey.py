@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltune.data.bins import best_fit
+
 if TYPE_CHECKING:
     from deltune.data.config import DataConfig, Source
+    from deltune.data.dataset import Dataset
     from deltune.data.prepare import DataReport
     from deltune.data.read import File
 
@@ -34,8 +37,12 @@ class Survey:
     num_evaluation: int  # examples
     evaluation_length: float  # mean tokens
     largest_id: int
-    sampled: bool
     reports: list[DataReport]
+    data: Dataset | None  # the training examples, where all were looked at; None if sampled
+
+    @property
+    def sampled(self) -> bool:
+        return self.data is None
 
     @property
     def mean_length(self) -> float:
@@ -48,14 +55,24 @@ class Survey:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """What micro-batches look like, by drawing some. Tokens."""
+    """What micro-batches look like, by drawing some: tensors [size, seq]. Packed, `size` is 1 and `seq` all of their tokens."""
 
-    size: int  # examples
-    seq: float  # mean of their longest example
+    size: int  # rows: examples where padded
+    seq: float  # mean
     trained: float  # mean of their trained tokens
-    longest: int
+    longest: int  # the largest seq
     most_trained: int
     padding: float  # share of positions that hold none of the tokens
+    examples: float  # mean; padded it is `size`
+    typical: tuple[int, ...]  # lengths of the examples of the one whose seq is next to the mean
+    largest: tuple[int, ...]  # of the one with the largest seq
+    batching: str  # packed, grouped or padded
+    capacity: int | None  # of a bin, where tokens are counted
+
+    @property
+    def unfilled(self) -> float:
+        """Share of the bins' capacity that holds no token."""
+        return 0.0 if self.capacity is None else 1 - self.seq / self.capacity
 
 
 def survey(config: DataConfig, tokenizer: Any) -> Survey:
@@ -73,7 +90,7 @@ def survey(config: DataConfig, tokenizer: Any) -> Survey:
     return Survey(
         data.lengths, data.num_trained, chance / chance.sum(), whole.report.rows, data.examples_per_epoch,
         len(evaluation) if evaluation else 0, float(evaluation.lengths.mean()) if evaluation else 0.0, data.largest_id,
-        False, [whole.report],
+        [whole.report], data,
     )  # fmt: skip
 
 
@@ -95,7 +112,7 @@ def _sampled(config: DataConfig, tokenizer: Any) -> Survey:
     return Survey(
         lengths, np.concatenate([look.trained for look in looked_at]), chance / chance.sum(), num_rows,
         round(float(chance.sum()) * (1 - held_out)), round(num_evaluation), float(tested.mean()) if num_evaluation else 0.0,
-        max(look.report.largest_id for look in looked_at), True, [look.report for look in looked_at],
+        max(look.report.largest_id for look in looked_at), [look.report for look in looked_at], None,
     )  # fmt: skip
 
 
@@ -145,16 +162,26 @@ def count_rows(file: File) -> int:
     return round(Path(file.path).stat().st_size / first[-1].after.offset * len(first))
 
 
-def micro_batches(found: Survey, size: int, *, by_length: bool = False, number: int = 400) -> MicroBatches:
-    """Micro-batches of so many examples as the loader would draw them, the longest example among them."""
-    draw = np.random.default_rng(0).choice(len(found.lengths), size=number * size, p=found.chance)
+def micro_batches(found: Survey, size: int, *, batching: str = "padded", capacity: int | None = None, number: int = 400) -> MicroBatches:
+    """Micro-batches of so many examples, or of so many tokens, as the loader would draw them, the longest example among them."""
+    rng = np.random.default_rng(0)
+    if capacity is not None:
+        size = max(1, round(capacity / found.mean_length))
+    draw = rng.choice(len(found.lengths), size=number * size, p=found.chance)
     draw[0] = found.lengths.argmax()
-    if by_length:
+    if batching == "grouped":
         draw = draw[np.argsort(found.lengths[draw], kind="stable")]
-    draw = draw.reshape(number, size)
-    seq, trained = found.lengths[draw].max(axis=1), found.trained[draw].sum(axis=1)
-    padding = 1 - found.lengths[draw].sum() / (seq.sum() * size)
-    return MicroBatches(size, float(seq.mean()), float(trained.mean()), int(seq.max()), int(trained.max()), float(padding))
+    groups = [draw[bin] for bin in best_fit(found.lengths[draw], capacity)] if capacity is not None else list(draw.reshape(number, size))
+    packed = batching == "packed"
+    seqs = np.array([found.lengths[group].sum() if packed else found.lengths[group].max() for group in groups])
+    trained = np.array([found.trained[group].sum() for group in groups])
+    typical, largest = (tuple(found.lengths[groups[i]].tolist()) for i in (np.abs(seqs - seqs.mean()).argmin(), seqs.argmax()))
+    rows = 1 if packed else size
+    return MicroBatches(
+        size=rows, seq=float(seqs.mean()), trained=float(trained.mean()), longest=int(seqs.max()), most_trained=int(trained.max()),
+        padding=float(1 - found.lengths[draw].sum() / (seqs.sum() * rows)), examples=len(draw) / len(groups), typical=typical,
+        largest=largest, batching=batching, capacity=capacity,
+    )  # fmt: skip
 
 
 def limit_for(lengths: np.ndarray, share: float = 0.99) -> int:

@@ -57,7 +57,6 @@ def train(
     """
     from deltune.engines.build import build
     from deltune.settings import run_from
-    from deltune.training.loss import causal_lm_step
 
     run = run_from(config)
     engine = build(run.engine)
@@ -66,7 +65,7 @@ def train(
             done = completed(run)
             if done is not None:
                 return done
-            session = Session(run, engine, forward_step or causal_lm_step, eval_step, task_print)
+            session = Session(run, engine, forward_step, eval_step, task_print)
             return session.go(callbacks)
     finally:
         engine.close()
@@ -174,7 +173,7 @@ class Session:
     """Everything of one run between the lock and the report."""
 
     def __init__(
-        self, run: Run, engine: Any, forward_step: ForwardStep, eval_step: ForwardStep | None,
+        self, run: Run, engine: Any, forward_step: ForwardStep | None, eval_step: ForwardStep | None,
         task_print: Callable[[StepRecord], str] | None,
     ):
         self.run, self.engine = run, engine
@@ -224,7 +223,9 @@ class Session:
             self.data = prepare(self.run.data, self.tokenizer, folder=None)
 
     def load_model(self) -> None:
-        """Weights in place, and it is settled which of them move."""
+        """Weights in place, and it is settled which of them move, and how batches are made for them."""
+        from deltune.commands import arithmetic
+        from deltune.commands.batching import of_run
         from deltune.models.load import check_pair, load
         from deltune.models.select import parameter_table, select_trainable
 
@@ -232,6 +233,7 @@ class Session:
         self.fast = run.fast == "auto"
         model = load(run.model, device="cpu", seed=run.seed)
         check_pair(model.config, self.tokenizer)
+        self.engine.compute_in(arithmetic.of_run(run, model, self.engine.device))
         if run.adapter is None:
             select_trainable(model, run.model.enable, run.model.disable)
         else:
@@ -240,6 +242,8 @@ class Session:
             attach(model, run.adapter, seed=run.seed)
         self.model = self.engine.place(model)
         self.parameter_table = parameter_table(self.model)
+        self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
+        self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
 
     def build_loop(self) -> Loop:
         from functools import partial
@@ -252,6 +256,7 @@ class Session:
         from deltune.optim.schedules import schedule
         from deltune.training.checkpoints import CheckpointStore
         from deltune.training.loop import Loop
+        from deltune.training.loss import causal_lm_step
         from deltune.training.state import Saver
 
         run, engine = self.run, self.engine
@@ -259,10 +264,9 @@ class Session:
         # a number of epochs ends with a short step; a number of steps goes round as often as it takes
         num_examples = None if run.train.steps else max(1, round(epochs * self.data.train.examples_per_epoch))
         loader = Loader(
-            self.data.train, micro_batch=run.train.micro_batch, accumulate=run.train.accumulate, rank=engine.rank,
-            world_size=engine.world_size, seed=run.data.seed, shuffle=run.data.shuffle,
-            group_by_length=run.data.group_by_length, pad_id=self.tokenizer.pad_token_id,
-            num_examples=num_examples,
+            self.data.train, micro_batch=run.train.micro_batch, micro_batch_tokens=run.train.micro_batch_tokens,
+            accumulate=run.train.accumulate, rank=engine.rank, world_size=engine.world_size, seed=run.data.seed,
+            shuffle=run.data.shuffle, batching=self.batching.name, pad_id=self.tokenizer.pad_token_id, num_examples=num_examples,
         )
         num_steps = run.train.steps or loader.num_steps(epochs)
         ratios = lr_ratios(self.model, run.optim.rule, run.optim.rule_ratio)
@@ -274,7 +278,7 @@ class Session:
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store, self.schedules),
             evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
-            forward_step=self.forward_step, log_every=run.log.every, schedules=self.schedules,
+            forward_step=self.forward_step or causal_lm_step, log_every=run.log.every, schedules=self.schedules,
             extra_loss=partial(extra_loss, self.model), gradient_rules=gradient_rules(self.model, run.optim.rule),
         )
 
@@ -289,12 +293,13 @@ class Session:
 
     def describe(self, num_steps: int) -> RunInfo:
         from deltune.commands.describe_run import description
-        from deltune.models.cost import arithmetic, device_peak_flops, flops_per_token
+        from deltune.models.cost import arithmetic as multiplied_in
+        from deltune.models.cost import device_peak_flops, flops_per_token
         from deltune.training.callbacks import RunInfo
 
         run = self.run
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, arithmetic(run.engine.precision, self.model.dtype))
+        peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else device_peak_flops(self.engine.device, multiplied_in(self.engine.precision, self.model.dtype))
         report = self.data.report
         length = report.tokens / report.examples if report.examples else run.data.max_length / 2
         return RunInfo(
@@ -302,7 +307,7 @@ class Session:
             num_trainable=sum(n for n, moves in counts if moves), num_parameters=sum(n for n, _ in counts),
             config=run.to_dict(), parameter_table=self.parameter_table,
             flops_per_token=flops_per_token(self.model, length), peak_flops=peak,
-            description=description(run, self.engine, self.data, self.model),
+            description=description(run, self.engine, self.data, self.model, self.batching),
         )
 
     # -- before the first step ------------------------------------------------------------------------------------
@@ -369,8 +374,9 @@ class Session:
 
         run, engine = self.run, self.engine
         batches = eval_batches(
-            self.data.evaluation, micro_batch=run.eval.micro_batch or run.train.micro_batch, rank=engine.rank,
-            world_size=engine.world_size, pad_id=self.tokenizer.pad_token_id,
+            self.data.evaluation, micro_batch=run.eval.micro_batch or run.train.micro_batch,
+            micro_batch_tokens=None if run.eval.micro_batch else run.train.micro_batch_tokens, packed=self.eval_batching.packed,
+            rank=engine.rank, world_size=engine.world_size, pad_id=self.tokenizer.pad_token_id,
         )
         measured = evaluate(self.model, batches, forward=self.eval_step, autocast=engine.autocast, device=engine.device)
         metrics = {name: value for name, value in measured.items() if not name.startswith("num_")}

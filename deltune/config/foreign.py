@@ -32,7 +32,6 @@ SAME = {
     "data.train_on_source": "train_on_inputs train_on_input train_on_prompt",
     "data.cache": "dataset_prepared_path tokenized_path",
     "data.seed": "data_seed dataset_seed",
-    "data.group_by_length": "length_grouped",
     "adapter.delta": "finetuning_type peft_type peft_method use_peft use_lora",
     "adapter.rank": "lora_r lora_rank lora_dim r",
     "adapter.alpha": "lora_alpha lora_scaler lora_scaling",
@@ -85,6 +84,9 @@ SAME = {
     "batch": "generation_batch_size",
 }
 
+_PACKED = ("data.batching", "data.batching=packed keeps documents apart, and is what auto takes where the model can")
+_BINS = ("train.micro_batch_tokens", "whole examples, packed, up to so many tokens in one forward pass")
+
 # their name -> (our key, what is different)
 DIFFERENT = {
     "output_dir": ("output", "the folder of all runs; this run's own folder is output/name"),
@@ -104,6 +106,17 @@ DIFFERENT = {
     "train_batch_size": ("train.micro_batch", "examples in one forward pass; a step has micro_batch x accumulate x processes"),
     "total_batch_size": ("train.accumulate", "a step has micro_batch x accumulate x processes examples"),
     "global_batch_size": ("train.accumulate", "a step has micro_batch x accumulate x processes examples"),
+    "group_by_length": ("data.batching", "data.batching=grouped; packed wastes less"),
+    "length_grouped": ("data.batching", "data.batching=grouped; packed wastes less"),
+    "packing": _PACKED,
+    "sample_packing": _PACKED,
+    "neat_packing": _PACKED,
+    "padding_free": _PACKED,
+    "batch_flattening": _PACKED,
+    "multipack": _PACKED,
+    "max_tokens_per_batch": _BINS,
+    "batch_max_tokens": _BINS,
+    "tokens_per_batch": _BINS,
     "save_interval": ("checkpoint.every", "counted in optimizer steps, not micro-batches"),
     "eval_interval": ("eval.every", "counted in optimizer steps, and each evaluation sees the whole set"),
     "saves_per_epoch": ("checkpoint.every", "a number of optimizer steps"),
@@ -184,9 +197,8 @@ ABSENT = {
     "fsdp_config": _ENGINES,
     "do_train": _VERB,
     "do_eval": _VERB,
-    "packing": "examples are padded to the longest of their batch; data.group_by_length saves padding",
-    "sample_packing": "examples are padded to the longest of their batch; data.group_by_length saves padding",
-    "pad_to_sequence_len": "examples are padded to the longest of their batch",
+    "pad_to_sequence_len": "no batch is padded further than its longest example",
+    "eval_packing": "evaluation is packed where training is (data.batching)",
     "special_tokens": "the tokenizer's own special tokens are used",
     "num_beams": "answers are drawn token by token, without beams",
     "push_to_hub": "nothing is uploaded",

@@ -44,7 +44,7 @@ class DataConfig:
     eval_read_nums: int | None = option(None, "Use only this many evaluation rows.", gt=0)
     on_bad: str = option("stop", "A row that cannot be used: stop with the first five, or skip and write rejects.jsonl.", choices=("stop", "skip"))
     shuffle: bool = option(True, "Visit rows in seeded random order, another one each epoch.")
-    group_by_length: bool = option(False, "Put rows of like length into one batch: less padding, less random batches.")
+    batching: str = option("auto", "How examples share a forward pass. packed: joined into one row without padding, attention within each; grouped: padded, with others of like length; padded: padded to the longest; auto: packed where the model keeps documents apart, else padded.", choices=("auto", "packed", "grouped", "padded"))
     streaming: bool = option(False, "Read and tokenise rows as training goes, without a pass over all data first.")
     stream_block: int = option(1024, "With streaming: rows shuffled together.", gt=0)
     cache: str | None = option("auto", "Folder for tokenised data; auto is ~/.cache/deltune/tokens, null keeps it in memory.")

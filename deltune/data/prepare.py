@@ -128,8 +128,8 @@ def _check(config: DataConfig) -> None:
         raise DataError(f"data.eval_size is {config.eval_size}: below 1 it is a fraction, from 1 on a whole number of rows")
     if config.streaming and config.eval_size:
         raise DataError("data.eval_size needs all rows at hand, which data.streaming does not have; name data.eval")
-    if config.streaming and config.group_by_length:
-        raise DataError("data.group_by_length needs all lengths at hand, which data.streaming does not have")
+    if config.streaming and config.batching == "grouped":
+        raise DataError("data.batching=grouped needs all lengths at hand, which data.streaming does not have")
     if config.mode == "pretrain":
         for name in ("max_source_length", "max_target_length", "train_on_source"):
             if getattr(config, name):

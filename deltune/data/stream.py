@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from deltune.data.bins import best_fit, dealt, too_long
 from deltune.data.config import DataConfig
 from deltune.data.dataset import Counts, Example, Reject, labels
 from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
-from deltune.data.order import BLOCK, ROW, Permutation, key
+from deltune.data.order import BATCHES, BLOCK, ROW, Permutation, key
 from deltune.data.read import Cursor, File, Record, read
 from deltune.data.rows import RejectLog, count, outcomes, refusal, stops, warn
 from deltune.data.sources import SourceFiles
@@ -111,6 +113,7 @@ class Stream:
         self._any_in_epoch = False
         self._examples: list[Example] = []
         self._taken = 0  # of the block in memory
+        self._bin_ends: list[int] = []  # of the block in memory, where bins were asked for
         self._begun = False
         self._mark: dict[str, Any] = self._here()
         self._said: set[str] = set()
@@ -135,6 +138,30 @@ class Stream:
             found += piece
             self._taken += len(piece)
         return found
+
+    def take_bins(self, n: int, capacity: int) -> list[list[Example]]:
+        """The next n bins of at most `capacity` tokens, best-fit within each block. A stream gives either examples or
+        bins of one capacity. Raises DataError for an example that no bin takes."""
+        found: list[list[Example]] = []
+        while len(found) < n:
+            if self._taken == len(self._examples):
+                self._next_block()
+            if not self._bin_ends:
+                self._put_into_bins(capacity)
+            end = self._bin_ends[bisect_right(self._bin_ends, self._taken)]
+            found.append(self._examples[self._taken : end])
+            self._taken = end
+        return found
+
+    def _put_into_bins(self, capacity: int) -> None:
+        """The examples of the block in the order of its bins."""
+        lengths = np.array([len(example.ids) for example in self._examples])
+        longest = int(lengths.argmax())
+        if lengths[longest] > capacity:
+            raise too_long(int(lengths[longest]), capacity, self._examples[longest].row)
+        bins = dealt(best_fit(lengths, capacity), key(self.config.seed, BATCHES, self._epoch, self._block) if self.config.shuffle else None)
+        self._examples = [self._examples[i] for i in np.concatenate(bins)]
+        self._bin_ends = np.cumsum([len(bin) for bin in bins]).tolist()
 
     # ---- place
 
@@ -168,7 +195,7 @@ class Stream:
             vars(counts).update(values | {"notes": dict(values["notes"])})
         self.log.cut(state["rejects_bytes"])
         self._begun = True
-        self._examples, self._taken, self._mark = [], 0, self._here()
+        self._examples, self._taken, self._bin_ends, self._mark = [], 0, [], self._here()
         if state["taken"]:
             self._next_block()
             self._taken = state["taken"]
@@ -177,7 +204,7 @@ class Stream:
 
     def _next_block(self) -> None:
         """Read the next block that holds an example."""
-        self._examples, self._taken = [], 0
+        self._examples, self._taken, self._bin_ends = [], 0, []
         if not self._begun:
             self.log.start()
             self._begun = True

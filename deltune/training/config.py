@@ -14,6 +14,7 @@ class TrainConfig:
     steps: int | None = option(None, "Optimizer steps; not together with epochs.", gt=0)
     epochs: float | None = option(None, "Passes over the training data; null (with steps null) is 1.", gt=0)
     micro_batch: int = option(8, "Examples in one forward pass on one device.", gt=0)
+    micro_batch_tokens: int | None = option(None, "In place of micro_batch: as many whole examples as best fill this many tokens, packed. A step is then accumulate x processes such bins.", gt=0, unit="tokens")
     accumulate: int = option(1, "Forward passes per optimizer step.", gt=0)
     nonfinite: str = option("stop", "Loss or gradient not finite: stop; skip the update; or roll back to the last checkpoint and skip the batch.", choices=("stop", "skip", "rollback"))
     max_nonfinite: int = option(10, "Stop all the same after so many steps that were not finite.", ge=1)

@@ -302,10 +302,8 @@ class Loop:
             return
         flops = self.info.flops_per_token * num_tokens
         peak = self.info.peak_flops * self.engine.world_size
-        per_epoch = self.loader.examples_per_epoch
-        examples = step * self.train.micro_batch * self.train.accumulate * self.engine.world_size
         record = StepRecord(
-            step=step, epoch=examples / per_epoch if per_epoch else 0.0, loss=loss, grad_norm=grad_norm,
+            step=step, epoch=self.loader.epochs_after(step) or 0.0, loss=loss, grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"], num_trained_tokens=num_trained, num_tokens=num_tokens,
             seconds=seconds, tokens_per_second=num_tokens / seconds,
             peak_memory_bytes=self.engine.peak_memory_bytes(), flops=flops,

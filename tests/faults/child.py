@@ -167,7 +167,7 @@ def build_loop(task: Task, engine: Engine) -> Loop:
     step = Step(task)
     loader = Loader(
         RandomRows(), micro_batch=task.micro_batch, accumulate=task.accumulate, rank=task.rank, world_size=task.world, seed=3,
-        shuffle=True, group_by_length=False, pad_id=VOCAB - 1, num_examples=None,
+        shuffle=True, pad_id=VOCAB - 1, num_examples=None,
     )
     count = sum(p.numel() for p in model.parameters())
     loop = Loop(
