@@ -38,7 +38,7 @@ def shapes_of(run: Run) -> PreTrainedModel:
     from deltune.models.select import select_trainable
 
     compiled = run.model.attention in ("flash_attention_2", "flex_attention")
-    model = empty(replace(run.model, attention="sdpa") if compiled else run.model)
+    model = empty(replace(run.model, attention="sdpa") if compiled else run.model, fast=run.fast == "auto")
     of_run(run, model, pick_device(run.engine.device))
     if run.adapter is None:
         select_trainable(model, run.model.enable, run.model.disable)

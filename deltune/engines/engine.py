@@ -19,7 +19,7 @@ import torch
 from deltune.engines.config import EngineConfig
 from deltune.engines.precision import AUTOCAST, Precision
 from deltune.errors import EngineError
-
+from deltune.log import logger
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,7 +63,9 @@ class Engine:
         self.compute_in(Precision(config.precision))
 
     def compute_in(self, precision: Precision) -> None:
-        """Take what `precision.settle` has made of engine.precision; until then auto is the weights' own type."""
+        """Take what `precision.settle` has made of engine.precision, and say so; until then auto is the weights' own type."""
+        if precision.why:
+            logger.info("%s", precision.why)
         self.precision = precision.name
         self.loss_scale = LossScale() if precision.name == "fp16" else None
 
