@@ -330,11 +330,29 @@ def test_attention_that_is_not_installed(tiny_folder):
     refusal(lambda: load(ModelConfig(path=str(tiny_folder), attention="flash_attention_2")), "model.path", "lash")
 
 
-def test_eager_and_sdpa_attention_agree(tiny_folder):
+def test_all_attention_agrees(tiny_folder):
     ids = torch.arange(30)[None]
-    models = [load(ModelConfig(path=str(tiny_folder), attention=name)) for name in ("eager", "sdpa")]
-    assert [m.config._attn_implementation for m in models] == ["eager", "sdpa"]
-    torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits)
+    models = [load(ModelConfig(path=str(tiny_folder), attention=name)) for name in ("eager", "sdpa", "segment")]
+    assert [m.config._attn_implementation for m in models] == ["eager", "sdpa", "segment"]
+    for model in models[1:]:
+        torch.testing.assert_close(models[0](ids).logits, model(ids).logits)
+
+
+def test_attention_is_ours_where_the_model_can_run_it_and_named_in_no_file(tmp_path, tiny_folder, caplog):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = load(ModelConfig(path=str(tiny_folder)))
+    assert model.config._attn_implementation == empty(ModelConfig(path=str(tiny_folder))).config._attn_implementation == "segment"
+    assert load(ModelConfig(path=str(tiny_folder)), fast=False).config._attn_implementation == "sdpa"
+    assert load(ModelConfig(path=str(tiny_folder), attention="segment"), fast=False).config._attn_implementation == "segment"
+    save_model(model, None, tmp_path / "saved")
+    assert "segment" not in (tmp_path / "saved/config.json").read_text()
+
+    BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / "bloom")
+    with caplog.at_level("INFO"):
+        assert load(ModelConfig(path=str(tmp_path / "bloom"))).config._attn_implementation == "eager"
+    assert "computes attention by itself" in caplog.text
+    refusal(lambda: load(ModelConfig(path=str(tmp_path / "bloom"), attention="segment")), "model.attention=segment", "model.attention=auto")
 
 
 # -- tokenizers -----------------------------------------------------------------------------------------------------

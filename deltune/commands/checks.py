@@ -212,21 +212,23 @@ def attention() -> Iterator[Check]:
     import torch
 
     fastest = _all_devices()[-1]
-    for name in ("eager", "sdpa", "flash_attention_2", "flex_attention"):
+    for name in ("segment", "sdpa", "eager", "flash_attention_2", "flex_attention"):
         dtype = torch.bfloat16 if name == "flash_attention_2" else torch.float32
         if name in ("flash_attention_2", "flex_attention") and fastest.type != "cuda":
             yield Check(name, "absent", "trains on CUDA devices only")
             continue
         remedy = "pip install flash-attn, or model.attention=sdpa" if name == "flash_attention_2" else "model.attention=sdpa"
-        yield _tried(name, lambda name=name, dtype=dtype: _step(name, fastest, dtype), remedy, state="broken" if name == "sdpa" else "absent")
+        yield _tried(name, lambda name=name, dtype=dtype: _step(name, fastest, dtype), remedy, state="broken" if name in ("segment", "sdpa") else "absent")
 
 
 def _step(name: str, device: torch.device, dtype: torch.dtype) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from deltune.models.attention import register
     from deltune.models.load import quiet_transformers
 
+    register()
     shape = LlamaConfig(vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     with quiet_transformers():
         model = LlamaForCausalLM._from_config(shape, dtype=dtype, attn_implementation=name).to(device)

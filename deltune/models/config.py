@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deltune.config.fields import option
 
+ATTENTION = ("auto", "segment", "sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -19,7 +20,7 @@ class ModelConfig:
     chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
     start: str = option("pretrained", "Load the weights, or draw them anew from the folder's config.json.", choices=("pretrained", "random"))
     dtype: str = option("auto", "Storage type of the base weights; auto keeps the folder's own (float32 for random starts).", choices=DTYPES)
-    attention: str = option("sdpa", "Attention implementation.", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
+    attention: str = option("auto", "Attention implementation; auto is segment (this program's own) where the model can run it, else transformers' choice.", choices=ATTENTION)
     enable: list[str] = option([], "Without an adapter: train only parameters whose name matches one of these patterns (* and ? match any text).")
     disable: list[str] = option([], "Without an adapter: freeze parameters whose name matches one of these patterns; wins over enable.")
     gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass: less memory, about a third more work.")

@@ -13,6 +13,7 @@ import torch
 
 from deltune.errors import ModelError
 from deltune.log import logger
+from deltune.models import attention
 from deltune.models import folder as folders
 from deltune.models.config import ModelConfig
 from deltune.weights import sha256_of, sync
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> PreTrainedModel:
+def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0, fast: bool = True) -> PreTrainedModel:
     """The model in eval mode, all parameters trainable, on `device`.
 
-    `seed` draws the weights of `start=random`, the same ones whatever was drawn before. Raises ModelError.
+    `seed` draws the weights of `start=random`, the same ones whatever was drawn before. Not `fast`: attention=auto is
+    transformers' own choice. Raises ModelError.
     """
     where = f"model.path={config.path}"
     folder = folders.find(config.path, config.revision, weights=config.start == "pretrained")
@@ -33,18 +35,21 @@ def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int =
         model = _draw(architecture, folder, config, where, seed)
     else:
         model = _read(architecture, folder, config, where)
+    _choose_attention(model, config, where, fast)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, where)
     return model.eval().to(device)
 
 
-def empty(config: ModelConfig) -> PreTrainedModel:
+def empty(config: ModelConfig, *, fast: bool = True) -> PreTrainedModel:
     """The model on the meta device: names, shapes and types without memory; no weight file is opened."""
     where = f"model.path={config.path}"
     folder = folders.find(config.path, config.revision, weights=False)
     architecture = read_config(folder, where)
     with torch.device("meta"):
-        return _from_config(architecture, config, where)
+        model = _from_config(architecture, config, where)
+    _choose_attention(model, config, where, fast)
+    return model
 
 
 def read_config(folder: Path, where: str) -> PretrainedConfig:
@@ -101,7 +106,7 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
             folder,
             config=architecture,
             dtype=_dtype(config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=_transformers_attention(config),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -143,7 +148,25 @@ def _from_config(architecture: PretrainedConfig, config: ModelConfig, where: str
     if dtype == "auto":  # what _read would find, or for a random start the type that loses nothing
         dtype = torch.float32 if config.start == "random" else architecture.dtype or torch.float32
     with blamed(f"{where}: no model can be made of config.json"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=_transformers_attention(config))
+
+
+def _transformers_attention(config: ModelConfig) -> str | None:
+    """What the model is built with; None leaves the choice to transformers, for it may be changed in the next step."""
+    return None if config.attention in ("auto", attention.NAME) else config.attention
+
+
+def _choose_attention(model: PreTrainedModel, config: ModelConfig, where: str, fast: bool) -> None:
+    if config.attention not in ("auto", attention.NAME) or (config.attention == "auto" and not fast):
+        return
+    reason = attention.unsupported(type(model))
+    if not reason:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+    elif config.attention == "auto":
+        logger.info("%s: attention %s, for %s", where, model.config._attn_implementation, reason)
+    else:
+        raise ModelError(f"{where}: model.attention={attention.NAME} does not fit: {reason}. What fits: model.attention=auto")
 
 
 def _dtype(name: str) -> torch.dtype | str:
