@@ -68,7 +68,7 @@ def make_loop(
     every: int | None = None, nonfinite: str = "stop", max_nonfinite: int = 10, precision: str = "fp32",
     schedule=lambda step: 1.0, callbacks=(), eval: EvalConfig | None = None, evaluate=None, max_grad_norm=1.0,
     forward_step=causal_lm_step, rows: Rows | None = None, engine: Engine | None = None, shuffle: bool = False,
-    lr: float = 1e-3, limit: int = 3,
+    lr: float = 1e-3, limit: int = 3, batching: str = "padded", micro_batch_tokens: int | None = None,
 ) -> Loop:
     """A Loop over synthetic rows, AdamW at a constant rate."""
     rows = rows or Rows()
@@ -77,7 +77,7 @@ def make_loop(
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config), config)
     loader = Loader(
         rows, micro_batch=micro_batch, accumulate=accumulate, rank=engine.rank, world_size=engine.world_size,
-        seed=0, shuffle=shuffle, pad_id=PAD, num_examples=None,
+        seed=0, shuffle=shuffle, pad_id=PAD, num_examples=None, batching=batching, micro_batch_tokens=micro_batch_tokens,
     )
     saver = None if folder is None else Saver(CheckpointStore(folder / "checkpoints", limit))
     count = sum(p.numel() for p in model.parameters())

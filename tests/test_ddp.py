@@ -35,10 +35,13 @@ def run(out, world: int, **settings) -> list[dict]:
     return [json.loads((out.parent / f"{out.name}.{rank}").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("rows, micro_batch", [(37, 2), (11, 3)])
-def test_two_ranks_give_the_curve_of_one(tmp_path, rows, micro_batch):
-    one = run(tmp_path / "one", 1, steps=6, micro_batch=micro_batch, accumulate=2, rows=rows)[0]
-    two = run(tmp_path / "two", 2, steps=6, micro_batch=micro_batch, accumulate=1, rows=rows)
+@pytest.mark.parametrize("settings", [
+    {"rows": 37, "micro_batch": 2}, {"rows": 11, "micro_batch": 3},
+    {"rows": 37, "micro_batch_tokens": 40, "batching": "packed", "shuffle": True},
+])
+def test_two_ranks_give_the_curve_of_one(tmp_path, settings):
+    one = run(tmp_path / "one", 1, steps=6, accumulate=2, **settings)[0]
+    two = run(tmp_path / "two", 2, steps=6, accumulate=1, **settings)
     assert two[0] == two[1]  # every rank has the same numbers and the same weights
     for a, b in zip(one["records"], two[0]["records"], strict=True):
         assert a == pytest.approx(b, rel=1e-6)
