@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from deltune.adapters.attach import attach
 from deltune.adapters.methods.lora import LoraConfig
 from deltune.models.dry_run import CostUnknown, _Account, dry_run
+from deltune.models.head import describe
 from deltune.optim.build import state_bytes
 from deltune.optim.config import AdamW
-from deltune.training.loss import LossStep, causal_lm_step
+from deltune.training.loss import LossStep
 from tests.conftest import ROOT
 from tests.synthetic import batch_of
 
@@ -58,7 +59,7 @@ def build(name, dtype, lora, device):
 
 def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumulate=False, fast=True):
     """The account of a real step on the CPU, by training's own loss."""
-    step = LossStep(model) if fast else causal_lm_step
+    step = LossStep(describe(model) if fast else None)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -114,7 +115,7 @@ def test_flops_are_those_of_torchs_counter():
         return model
 
     model, ids = model_on("cpu"), torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) % 200
-    step = LossStep(model)
+    step = LossStep(describe(model))
     with FlopCounterMode(display=False) as counter:
         step(model, batch_of(ids, ids, torch.ones_like(ids))).backward()
     found = dry_run(model_on("meta"), batch=BATCH, seq=SEQ)
@@ -161,7 +162,7 @@ def test_the_model_is_left_as_it_was():
 CHILD = """
 import json, resource, sys
 import psutil, torch
-from tests.test_cost_dry_run import AdamW, LossStep, attach, batch_of, LoraConfig
+from tests.test_cost_dry_run import AdamW, LossStep, attach, batch_of, describe, LoraConfig
 from tests.tiny import tiny_model
 from deltune.optim.build import build_optimizer
 from deltune.optim.groups import parameter_groups
@@ -172,7 +173,7 @@ def take_steps(model, batch, seq, number):
         ids = torch.zeros(batch, seq, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, seq // 2:] = 0
-        LossStep(model)(model, batch_of(ids, ids, mask)).backward()
+        LossStep(describe(model))(model, batch_of(ids, ids, mask)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

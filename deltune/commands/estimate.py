@@ -85,7 +85,7 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
     account = dry_run(
         model, batch=shapes.size, seq=shapes.longest, trained=shapes.most_trained, padded=shapes.padding > 0,
         device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name), recompute=run.model.gradient_checkpointing,
-        accumulate=run.train.accumulate > 1,
+        accumulate=run.train.accumulate > 1, fast=run.fast == "auto",
     )  # fmt: skip
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -199,7 +199,7 @@ def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatche
     account = dry_run(
         model, batch=shapes.size, seq=seq, trained=max(1, min(round(shapes.trained), shapes.size * (seq - 1))),
         padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name),
-        recompute=run.model.gradient_checkpointing,
+        recompute=run.model.gradient_checkpointing, fast=run.fast == "auto",
     )  # fmt: skip
     speed = device_speed(device, {arithmetic(meant(run, model, device).name, p.dtype) for p in model.parameters()})
     moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written

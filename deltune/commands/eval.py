@@ -38,6 +38,7 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     from deltune.evaluation.exact import exact_match
     from deltune.evaluation.lm import evaluate_by_source
     from deltune.models.generation import GenerateOptions
+    from deltune.models.head import described
 
     began = time.perf_counter()
     with opened(settings) as (place):
@@ -45,7 +46,7 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
         packed = settled(settings.data, place.model).packed
         batches = eval_batches(dataset, micro_batch=settings.micro_batch, packed=packed, pad_id=place.tokenizer.pad_token_id)
         metrics, sources = evaluate_by_source(
-            place.model, batches, autocast=place.engine.autocast, device=place.engine.device
+            place.model, batches, head=described(place.model), autocast=place.engine.autocast, device=place.engine.device
         )
         answers: list[dict[str, Any]] = []
         if settings.exact_match:

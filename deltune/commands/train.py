@@ -144,6 +144,7 @@ class Session:
         """Weights in place, and it is settled which of them move, and how batches are made for them."""
         from deltune.commands import arithmetic
         from deltune.commands.batching import of_run
+        from deltune.models.head import described
         from deltune.models.load import check_pair, load
         from deltune.models.select import parameter_table, select_trainable
 
@@ -160,6 +161,7 @@ class Session:
             attach(model, run.adapter, seed=run.seed)
         self.model = self.engine.place(model)
         self.parameter_table = parameter_table(self.model)
+        self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
         self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
 
@@ -174,7 +176,7 @@ class Session:
         from deltune.optim.schedules import schedule
         from deltune.training.checkpoints import CheckpointStore
         from deltune.training.loop import Loop
-        from deltune.training.loss import causal_lm_step
+        from deltune.training.loss import LossStep
         from deltune.training.state import Saver
 
         run, engine = self.run, self.engine
@@ -196,7 +198,7 @@ class Session:
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=Saver(store, self.schedules),
             evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
-            forward_step=self.forward_step or causal_lm_step, log_every=run.log.every, schedules=self.schedules,
+            forward_step=self.forward_step or LossStep(self.head), log_every=run.log.every, schedules=self.schedules,
             extra_loss=partial(extra_loss, self.model), gradient_rules=gradient_rules(self.model, run.optim.rule),
         )
 
@@ -296,7 +298,7 @@ class Session:
             micro_batch_tokens=None if run.eval.micro_batch else run.train.micro_batch_tokens, packed=self.eval_batching.packed,
             rank=engine.rank, world_size=engine.world_size, pad_id=self.tokenizer.pad_token_id,
         )
-        measured = evaluate(self.model, batches, forward=self.eval_step, autocast=engine.autocast, device=engine.device)
+        measured = evaluate(self.model, batches, forward=self.eval_step, head=self.head, autocast=engine.autocast, device=engine.device)
         metrics = {name: value for name, value in measured.items() if not name.startswith("num_")}
         if run.eval.exact_match:
             score, self.answers = self.generate(limit=None)

@@ -10,13 +10,13 @@ Shapes: states [rows, width]; weight [vocab, width]; bias [vocab]; z and logits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Bytes of one chunk of logits. Fewer rows than this gives read the weight too often (see docs/loss.md).
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
@@ -49,8 +49,23 @@ def linear_cross_entropy(
     Under autocast the products are in its type, as a linear layer's are. Gradients of states, weight and bias are made
     in the forward pass, where they are needed, and can be taken once.
     """
+    kernel = _liger(states, weight, tail, bias)
+    if kernel is not None:
+        return kernel(weight, states if tail.scale == 1.0 else states * tail.scale, targets, bias)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (states, weight, bias))
     return _LinearCrossEntropy.apply(states, weight, bias, targets, tail, needs, chunk, device)
+
+
+def _liger(states: Tensor, weight: Tensor, tail: Tail, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    """Liger's kernel of the same loss (arXiv:2410.10989), where it is installed and can serve: on CUDA, in one type, and
+    with the scale taken to the states, which a bias does not allow."""
+    if not states.is_cuda or (tail.scale != 1.0 and bias is not None) or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    if not _product_dtype(states, weight) == states.dtype == weight.dtype:
+        return None
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=tail.softcap, accum_dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -111,16 +126,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if W_sum is not None:
                 W_sum.add(z, x[rows])
         ctx.lift = lift
-        ctx.gradients = (x_grad, None if W_sum is None else W_sum.total(), b_sum)
+        ctx.gradients = (x_grad, None if W_sum is None else W_sum.sum, b_sum)
         ctx.dtypes = (states.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the gradient of a loss that was computed in chunks can be taken only once: compute the loss anew")
-        made, ctx.gradients = ctx.gradients, None
+        made = _once(ctx)
         factor = gradient / ctx.lift
         scaled = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True))
         return *scaled, None, None, None, None, None
@@ -132,26 +144,29 @@ class _CrossEntropy(torch.autograd.Function):
         made = z.detach().clone()
         ctx.lift = LIFT.get(z.dtype, 1.0)
         losses, _ = _score_(made, targets, tail, gradient=needed, lift=ctx.lift)
-        ctx.made = made if needed else None
+        ctx.gradients = (made,) if needed else None
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.made is None:
-            raise RuntimeError("the gradient of a loss that was computed in chunks can be taken only once: compute the loss anew")
-        made, ctx.made = ctx.made, None
+        (made,) = _once(ctx)
         return made.mul_(gradient / ctx.lift), None, None, None
 
 
-class _WeightGradient:
-    """Σ over chunks of zᵀ·states [vocab, width]: in float32, and at the end in the weight's own type.
+def _once(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward pass has made. They are scaled in place and given away, so there is no second time."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a loss that was computed in chunks has no second derivative. What fits: fast=off")
+    if ctx.gradients is None:
+        raise RuntimeError("the gradient of a loss that was computed in chunks can be taken only once: compute the loss anew")
+    made, ctx.gradients = ctx.gradients, None
+    return made
 
-    A product in a short type is rounded once, as it is without chunks, where there is a `single` chunk.
-    """
+
+class _WeightGradient:
+    """Σ over chunks of zᵀ·states [vocab, width] in float32; where there is a `single` chunk, its product as it comes."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, single: bool):
-        self.dtype = weight.dtype
         self.direct = single or dtype == _wide(dtype)
         # zeros and not empty memory, since there may be no chunk at all
         self.sum = torch.zeros(weight.shape, dtype=dtype if self.direct else _wide(dtype), device=weight.device)
@@ -163,9 +178,6 @@ class _WeightGradient:
             return
         for part, total in zip(z.split(self.tile, dim=1), self.sum.split(self.tile), strict=True):
             total.add_(part.T @ states)
-
-    def total(self) -> Tensor:
-        return self.sum.to(self.dtype)
 
 
 def _chunks(states: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -190,7 +202,7 @@ def _score_(
     sums: Tensor | None = None, device: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss of each row, whether the target is the first largest logit). With `gradient`, z becomes lift · the gradient
-    of the summed loss; else its content is lost. `sums` [vocab] has the gradient's columns added to it, unrounded."""
+    of the summed loss; else its content is lost. `sums` [vocab] has the sums of its columns added to it, unrounded."""
     num_rows, vocab = z.shape
     wide, kind = _wide(z.dtype), device or z.device.type
     losses = z.new_empty(num_rows, dtype=wide)
@@ -227,7 +239,7 @@ def _score_(
         if slope is not None:
             block.mul_(slope)
         if sums is not None:
-            sums += block.sum(0) / lift
+            sums += block.sum(0)
         if scratch is not None:
             part.copy_(block)
     return losses, right

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from deltune.errors import ModelError
+from deltune.log import logger
 from deltune.models.cross_entropy import (
     Tail,
     chunk_rows,
@@ -86,6 +87,14 @@ def describe(model: nn.Module) -> Head:
     with inference(model), undisturbed_random(model):
         tail, why_not = _tail(model, head)
     return Head(*head.weight.shape, has_bias, tied, state, tail, why_not)
+
+
+def described(model: nn.Module) -> Head:
+    """As `describe`, and a word in the log where the logits are made whole."""
+    head = describe(model)
+    if head.why_not:
+        logger.warning("the loss makes all logits of a micro-batch at once: %s", head.why_not)
+    return head
 
 
 def plain_linear(head: nn.Module) -> nn.Linear | None:

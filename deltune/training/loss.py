@@ -10,25 +10,21 @@ from typing import Any
 
 import torch
 
-from deltune.models import head
+from deltune.models.head import Head, summed_loss, trained_rows
 
 # A step's work on one micro-batch: (model, batch) -> summed loss, or (summed loss, {"name": number} to log).
 ForwardStep = Callable[[torch.nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, dict[str, float]]"]
 
 
-def causal_lm_step(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """The plain ForwardStep of a Hugging Face causal language model: the logits of all trained positions at once."""
-    return head.summed_loss(model, None, batch.inputs(), *head.trained_rows(batch.labels))
-
-
 class LossStep:
-    """The same number without logits: a ForwardStep for one model, whose head is described once (`models/head.py`).
+    """The ForwardStep of a Hugging Face causal language model whose head is described (`models.head.describe`), so that
+    logits need not be made whole; without a description they are, of all trained positions at once."""
 
-    Build it when adapters are attached and weights are where they stay.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self.head = head.describe(model)
+    def __init__(self, head: Head | None):
+        self.head = head
 
     def __call__(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        return head.summed_loss(model, self.head, batch.inputs(), *head.trained_rows(batch.labels))
+        return summed_loss(model, self.head, batch.inputs(), *trained_rows(batch.labels))
+
+
+causal_lm_step = LossStep(None)  # the plain one
