@@ -329,8 +329,9 @@ class Lora(Ranked):
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         B, A, scale = self.running_product()
         if self.site.kind == "embedding":
-            z = F.embedding(x, A.T, self.site.padding_idx)  # [..., rank]
-            return F.linear(z * scale, B)
+            # gradients of ids that come often add up in the stored type; only what is rank wide is in it
+            z = (F.embedding(x, A.T, self.site.padding_idx) * scale).to(self.site.dtype)  # [..., rank]
+            return F.linear(z, B.to(z.dtype))
         # the scale goes on the rank-sized tensor, the smallest there is
         z = F.linear(x, A.to(x.dtype)) * scale
         return F.linear(z, B.to(x.dtype))
