@@ -25,6 +25,7 @@ from deltune.adapters.bank import Bank, scopes
 from deltune.adapters.config import AdapterConfig, complaint, name_of
 from deltune.adapters.delta import Delta
 from deltune.adapters.experts import AdaptedStack, expert_delta
+from deltune.adapters.fused import unfuse
 from deltune.adapters.layers import Site, Stack, kind_of, out_in, site_of
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.targets import inside, output_head, select
@@ -393,6 +394,8 @@ def _remove(model: nn.Module, name: str) -> None:
     left = [other for other in active(model) if other != name]
     for _, wrapper in wrappers(model):
         wrapper.set_active(left)
+    if not wrappers(model):
+        unfuse(model)
     if not wrappers(model) and hasattr(model, TRAINABLE_BEFORE):
         before = set(getattr(model, TRAINABLE_BEFORE))
         for parameter_name, parameter in model.named_parameters():

@@ -252,7 +252,8 @@ def _two_tokens(model: nn.Module) -> dict[str, Any] | None:
         return None
     ids = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
     takes = inspect.signature(model.forward).parameters
-    return {name: value for name, value in {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}.items() if name in takes}
+    # with a cache, for without one a mask is made by looking at numbers, of which the meta device has none
+    return {name: value for name, value in {"input_ids": ids, "decoder_input_ids": ids, "use_cache": True}.items() if name in takes}
 
 
 # ---------------------------------------------------------------- feed-forward blocks

@@ -85,9 +85,8 @@ def any_activation(function: Callable[[Tensor], Tensor]) -> Activation:
 
 
 def base_product(x: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + b, a fresh tensor; without b where a stretch comes after it, which must not act on b."""
-    bias = None if layer.bias is None or layer.stretch is not None else layer.bias.to(dtype)
-    return F.linear(x, layer.weight.to(dtype), bias)
+    """x Wᵀ + b, a fresh tensor."""
+    return F.linear(x, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -145,9 +144,10 @@ def products(x: Tensor, layers: Sequence[Layer], hows: Sequence[How], dtype: tor
         if narrow[i] is not None:
             add_product(y2, narrow[i], layer.B.to(dtype).T)
         if layer.stretch is not None:
-            y2.addcmul_(y2, layer.stretch.to(dtype))
+            short = layer.stretch.to(dtype)  # as the difference from 1 it counts where 1 + d would be 1
+            y2.addcmul_(y2, short)
             if layer.bias is not None:
-                y2.add_(layer.bias.to(dtype))
+                y2.sub_(layer.bias.to(dtype) * short)
         outputs.append(y)
     return Products(outputs, narrow, states)
 
