@@ -63,7 +63,7 @@ def step_record(step: int, **changes) -> StepRecord:
     tokens, seconds = noise.randint(600, 760), noise.uniform(0.05, 0.06)
     fields = dict(
         step=step, epoch=step / 125, loss=loss, grad_norm=0.4 + loss * noise.uniform(0.4, 0.6), lr=lr,
-        num_trained_tokens=tokens // 7, num_tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds,
+        num_trained_tokens=tokens // 7, num_tokens=tokens, seconds=seconds, data_seconds=seconds / 50, tokens_per_second=tokens / seconds,
         peak_memory_bytes=412_000_000 + 1_000_000 * min(step, 20), flops=2e7 * tokens, mfu=2e7 * tokens / seconds / 1e12,
     )  # fmt: skip
     return StepRecord(**(fields | changes))

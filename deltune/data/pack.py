@@ -5,7 +5,7 @@ Shapes: batch = rows; seq = the longest example where padded, all tokens where p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -35,14 +35,16 @@ class Batch:
     segments: tuple[int, ...] | None = None  # packed: 0 = s0 < s1 < ... = seq; document i is [s(i), s(i + 1))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
-        )
+        """The same batch with its tensors on a device; from page-locked memory the copy does not wait for the device."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        names = ("input_ids", "labels", "attention_mask", "position_ids")
+        return replace(self, **{name: change(getattr(self, name)) for name in names if getattr(self, name) is not None})
 
     def inputs(self) -> dict[str, Any]:
         """What a Hugging Face model's forward is given. Where packed, the documents' borders by the names of transformers'

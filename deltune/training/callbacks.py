@@ -40,6 +40,7 @@ class StepRecord:
     num_trained_tokens: int
     num_tokens: int  # without padding
     seconds: float  # of this step
+    data_seconds: float  # of those, spent waiting for the step's batches
     tokens_per_second: float
     peak_memory_bytes: int
     flops: float

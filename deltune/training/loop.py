@@ -18,6 +18,7 @@ from deltune import dist
 from deltune.engines.engine import Engine
 from deltune.errors import Interrupted, NumericsError
 from deltune.training import randomness
+from deltune.training.ahead import Ahead
 from deltune.training.callbacks import Callback, EvalRecord, RunInfo, StepRecord
 from deltune.training.config import CheckpointConfig, EvalConfig, TrainConfig
 from deltune.training.loss import ForwardStep, causal_lm_step
@@ -95,7 +96,8 @@ class Loop:
         extra_loss: Callable[[], torch.Tensor | None] = lambda: None,
         gradient_rules: Sequence[Callable[[], None]] = (),
     ):
-        self.model, self.loader, self.optimizer, self.schedule, self.engine = model, loader, optimizer, schedule, engine
+        self.model, self.optimizer, self.schedule, self.engine = model, optimizer, schedule, engine
+        self.loader = Ahead(loader, info.num_steps, pin=engine.device.type == "cuda")
         self.info, self.train, self.eval, self.checkpoint = info, train, eval, checkpoint
         self.max_grad_norm, self.saver, self.evaluate = max_grad_norm, saver, evaluate
         self.callbacks, self.forward_step, self.log_every = list(callbacks), forward_step, log_every
@@ -109,6 +111,12 @@ class Loop:
 
     def run(self) -> str:
         """Train to the last step. Returns "completed" or "early_stop"; raises Interrupted or NumericsError."""
+        try:
+            return self._run()
+        finally:
+            self.loader.close()
+
+    def _run(self) -> str:
         self.model.train()
         stopped_by = "completed"
         if self._patience_is_over():  # a run killed between its last evaluation and its end
@@ -181,7 +189,9 @@ class Loop:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         before = randomness.capture(), self.loader.state()
+        asked = time.perf_counter()
         batches = self.loader.step(step - 1)
+        waited = time.perf_counter() - asked
         skipped, extra = False, {}
         counts = [float(sum(b.num_tokens for b in batches)), float(sum(b.num_trained_tokens for b in batches))]
         num_tokens, num_trained = (int(n) for n in dist.sum_over_ranks(counts, self.engine.device))
@@ -203,7 +213,7 @@ class Loop:
             changing.after_step(step)
         self.engine.synchronize()
         seconds = time.perf_counter() - began
-        self._finish(step, loss, grad_norm, num_tokens, num_trained, seconds, skipped, extra)
+        self._finish(step, loss, grad_norm, num_tokens, num_trained, seconds, waited, skipped, extra)
 
     def _gradient(self, batches: Sequence[Any], num_trained: int) -> tuple[float, float, dict[str, float]]:
         """(loss, gradient norm, extra scalars) of the whole step, gradients in place. Raises _NotFinite."""
@@ -290,7 +300,7 @@ class Loop:
 
     def _finish(
         self, step: int, loss: float, grad_norm: float, num_tokens: int, num_trained: int, seconds: float,
-        skipped: bool, extra: dict[str, float],
+        waited: float, skipped: bool, extra: dict[str, float],
     ) -> None:
         done = self.progress
         done.step = step
@@ -303,9 +313,9 @@ class Loop:
         flops = self.info.flops_per_token * num_tokens
         peak = self.info.peak_flops * self.engine.world_size
         record = StepRecord(
-            step=step, epoch=self.loader.epochs_after(step) or 0.0, loss=loss, grad_norm=grad_norm,
+            step=step, epoch=self.loader.epochs_done() or 0.0, loss=loss, grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"], num_trained_tokens=num_trained, num_tokens=num_tokens,
-            seconds=seconds, tokens_per_second=num_tokens / seconds,
+            seconds=seconds, data_seconds=waited, tokens_per_second=num_tokens / seconds,
             peak_memory_bytes=self.engine.peak_memory_bytes(), flops=flops,
             mfu=flops / seconds / peak if peak else 0.0, skipped=skipped, extra=extra,
         )

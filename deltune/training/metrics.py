@@ -24,7 +24,7 @@ from deltune.training import storage
 from deltune.training.callbacks import Callback, EvalRecord, Outcome, RunInfo, StepRecord
 
 FILE = "metrics.jsonl"
-TIMING = ("time", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
+TIMING = ("time", "seconds", "data_seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -26,6 +26,7 @@ class Totals:
     num_tokens: int
     num_trained_tokens: int
     seconds: float
+    data_share: float | None  # of those seconds, spent waiting for batches; None in records from before it was measured
     tokens_per_second: float  # all tokens over all seconds
     peak_memory_bytes: int
     flops: float
@@ -105,12 +106,15 @@ class Records:
     def totals(self) -> Totals:
         seconds = sum(line["seconds"] for line in self.steps)
         tokens = sum(line["num_tokens"] for line in self.steps)
+        measured = [line for line in self.steps if "data_seconds" in line]
+        time_of_measured = sum(line["seconds"] for line in measured)
         timed = [line for line in self.steps if line["mfu"] > 0 and math.isfinite(line["mfu"])]
         time_of_timed = sum(line["seconds"] for line in timed)
         return Totals(
             num_tokens=tokens,
             num_trained_tokens=sum(line["num_trained_tokens"] for line in self.steps),
             seconds=seconds,
+            data_share=sum(line["data_seconds"] for line in measured) / time_of_measured if time_of_measured else None,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=max((line["peak_memory_bytes"] for line in self.steps), default=0),
             flops=sum(line["flops"] for line in self.steps),

@@ -227,6 +227,7 @@ def work_facts(run: records.Records) -> list[tuple[str, str]]:
     facts += [
         ("tokens", display.count(run.outcome.get("num_tokens", totals.num_tokens)) if run.steps else ""),
         ("tokens per second", display.si(totals.tokens_per_second) if totals.seconds else ""),
+        ("waiting for data", f"{100 * totals.data_share:.2g} % of the steps' time" if totals.data_share is not None else ""),
         ("peak memory", display.memory(totals.peak_memory_bytes) if totals.peak_memory_bytes else ""),
         ("compute", display.si(totals.flops, "FLOP") if totals.flops else ""),
         ("utilisation", f"{100 * totals.mfu:.1f} %" if totals.mfu is not None else ""),
