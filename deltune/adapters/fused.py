@@ -9,7 +9,8 @@ hooks, several adapters, a merge or a compiler may come later.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,14 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> list[Fus
         elif group:
             found.append(Fusion(group[0], "one layer"))
     return found
+
+
+def told(found: Iterable[Fusion]) -> list[str]:
+    """One line on what is computed together, and one on each reason why something is not."""
+    nodes = Counter(record.what.partition(":")[0] for record in found if not record.why_not)
+    reasons = Counter(record.why_not for record in found if record.why_not)
+    together = ", ".join(f"{count} × {what}" for what, count in nodes.items())
+    return [f"one node each: {together or 'nothing'}", *(f"computed plainly ({count} ×): {why}" for why, count in reasons.items())]
 
 
 def unfuse(model: nn.Module) -> None:

@@ -160,6 +160,11 @@ class Session:
 
             attach(model, run.adapter, seed=run.seed)
         self.model = self.engine.place(model)
+        if run.adapter is not None and self.fast:
+            from deltune.adapters.fused import fuse, told
+
+            for line in told(fuse(self.model)):
+                logger.info("adapters: %s", line)
         self.parameter_table = parameter_table(self.model)
         self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
