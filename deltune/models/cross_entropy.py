@@ -208,7 +208,7 @@ def _score_(
     losses = z.new_empty(num_rows, dtype=wide)
     right = z.new_empty(num_rows, dtype=torch.bool) if hits else None
     cores = torch.get_num_threads() if kind == "cpu" else 1
-    size = min(num_rows, max(1, cores * BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]) // (vocab * wide.itemsize)))
+    size = max(1, min(num_rows, cores * BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]) // (vocab * wide.itemsize)))
     scratch = None if z.dtype == wide else z.new_empty(size, vocab, dtype=wide)
     slopes = z.new_empty(size, vocab, dtype=wide) if gradient and tail.softcap is not None else None
     # without numbers one block stands for all: they differ in nothing

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from deltune.errors import ModelError
@@ -122,7 +121,8 @@ def _tail(model: nn.Module, head: nn.Module) -> tuple[Tail, str]:
     steps = _Steps()
 
     def follow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append((args[0] if args else None, output))
+        # a copy, since the model may go on in place
+        calls.append((args[0] if args else None, output.clone() if isinstance(output, Tensor) else None))
         steps.start(output)
 
     on_meta = ids.device.type == "meta"
@@ -144,7 +144,7 @@ def _tail(model: nn.Module, head: nn.Module) -> tuple[Tail, str]:
     tail, why_not = steps.found(logits)
     if why_not:
         return Tail(), why_not
-    if not on_meta and not _close(tail(z.float()), logits.float(), logits.dtype):
+    if not on_meta and not _close(tail(z.double()), logits.double(), logits.dtype):
         return Tail(), "what the model does after its output layer does not give the logits that it returns"
     try:
         with _without_numbers(on_meta):
@@ -187,25 +187,21 @@ class _Steps(TorchDispatchMode):
         super().__init__()
         # the followed tensors, kept alive so that their ids stay theirs: (tensor, factor before tanh, factor after it)
         self.followed: dict[int, tuple[Tensor, float, float | None]] = {}
+        self.storages: set[int] = set()  # of these, which views of any shape write to
         self.why_not = ""
 
     def start(self, output: Any) -> None:
         if isinstance(output, Tensor):
-            self.followed[id(output)] = (output, 1.0, None)
+            self._follow(output, 1.0, None)
         else:
             self.why_not = "the output layer returns more than one tensor"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.followed:
-            return out
-        touched = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.followed]
-        if touched and not self._step(func, args, out):
-            changed = func._schema.is_mutable
-            self.why_not = self.why_not or (f"the model changes its logits by {func.overloadpacket.__name__}" if changed else "")
-            for made in tree_iter(out):
-                if isinstance(made, Tensor) and id(made) in self.followed:
-                    del self.followed[id(made)]
+        if self.followed and not self._step(func, args, out) and func._schema.is_mutable:
+            written = args[0] if isinstance(args[0], Tensor) else None
+            if written is not None and written.untyped_storage()._cdata in self.storages:
+                self.why_not = f"the model writes into its logits by {func.overloadpacket.__name__}"
         return out
 
     def _step(self, func: Any, args: tuple, out: Any) -> bool:
@@ -223,8 +219,12 @@ class _Steps(TorchDispatchMode):
             after = 1.0
         elif name not in self.SAME:
             return False
-        self.followed[id(out)] = (out, before, after)
+        self._follow(out, before, after)
         return True
+
+    def _follow(self, tensor: Tensor, before: float, after: float | None) -> None:
+        self.followed[id(tensor)] = (tensor, before, after)
+        self.storages.add(tensor.untyped_storage()._cdata)
 
     def found(self, logits: Tensor) -> tuple[Tail, str]:
         """The tail up to these logits, and why there is none."""
