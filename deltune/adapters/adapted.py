@@ -138,12 +138,15 @@ class Below:
             W = W + delta.delta(W)
         return W
 
-    def stored(self) -> tuple[Tensor, Tensor | None]:
+    def stored(self) -> Tensor:
         if self.place:
-            return self.weight(), None
+            return self.weight()
         layer = self.adapted.base_layer
         with gathered(layer.weight):
-            return out_in(layer, layer.weight.detach()), self.adapted.row_squares()
+            return out_in(layer, layer.weight.detach())
+
+    def row_squares(self) -> Tensor | None:
+        return None if self.place else self.adapted.row_squares()
 
     def bias(self) -> Tensor | None:
         layer = self.adapted.base_layer

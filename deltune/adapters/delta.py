@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltune.adapters import dense
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.layers import Site
@@ -28,9 +29,12 @@ class Base(Protocol):
     def weight(self) -> Tensor:
         """W [out, in] in float32 or wider, no gradient. Read it after the base was called, not before."""
 
-    def stored(self) -> tuple[Tensor, Tensor | None]:
-        """W [out, in] in the type that it is stored in, not copied, and ‖W‖² of each row [out]; with deltas between as
-        `weight()`, and None. No gradient. Read it after the base was called, not before."""
+    def stored(self) -> Tensor:
+        """W [out, in] in the type that it is stored in, not copied; with deltas between as `weight()`. No gradient. Read it
+        after the base was called, not before."""
+
+    def row_squares(self) -> Tensor | None:
+        """‖W‖² of each row [out] where it is known, see `Adapted.row_squares`; with deltas between None."""
 
     def bias(self) -> Tensor | None:
         """The layer's own bias [out], no gradient. Read it after the base was called, not before."""
@@ -80,7 +84,7 @@ class Delta(Stored):
     additive: ClassVar[bool] = True  # the output is base(x) + out(x): `forward` is not overridden
     stops_gradient: ClassVar[str] = ""  # which part of the formula has no gradient by intention, if any
     widens: ClassVar[str] = ""  # why something as large as x or y is made in float32 where these are shorter, if it is
-    reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward; else it is handed None
+    reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward, as it is stored; else it is handed None
     looks_at_stored: ClassVar[bool] = False  # `start` takes W in the type that it is stored in, and is not handed a copy
     in_product_form: ClassVar[bool] = False  # `out(x, W)` is s·(x Aᵀ)Bᵀ of `running_product`, at no more cost: see fused.py
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
@@ -178,7 +182,8 @@ class Delta(Stored):
         return product
 
     def delta(self, W: Tensor | None) -> Tensor:
-        """ΔW [out, in], with gradient. W is given if the method reads it, is not additive, or is being merged."""
+        """ΔW [out, in], with gradient. W is given if the method reads it, is not additive, or is being merged;
+        in a forward pass in the type that it is stored in, else in float32 or wider."""
         product = self.product()
         if product is None:
             raise NotImplementedError
@@ -195,14 +200,20 @@ class Delta(Stored):
         """The adapted layer's output. Override (with `additive = False`) to act on the layer's input or to multiply its
         output; input dropout is then `base.drop(x)`, on what the adapter sees of x."""
         if self.goes_in_one(x) and base.bare:
-            return self.in_one(x, base.weight(), base.bias())
+            return self.in_one(x, base)
         y = base(x)
-        W = base.weight() if self.reads_base else None
+        W = base.stored() if self.reads_base else None
         return y + self.out(base.drop(x), W).to(y.dtype)
 
-    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
         """(W + ΔW) x + b, asked for where `goes_in_one`."""
-        return F.linear(x, W + self.delta(W), b)
+        W, b = base.stored(), base.bias()
+        return dense.plus(x, W, None if b is None else b.to(x.dtype), self.formed(x.dtype, W))
+
+    def formed(self, dtype: torch.dtype, W: Tensor) -> Tensor:
+        """ΔW [out, in] in this type, for a forward pass. W is as it is stored. Override where a short type needs less than
+        all of it in float32."""
+        return self.delta(W).to(dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         """Whether `out` is a product with ΔW, which is formed for it, or for this many tokens would better be. Override
@@ -219,9 +230,8 @@ class Delta(Stored):
         return tokens * self.site.n_in * self.site.n_out + forming < tokens * apart
 
     def goes_in_one(self, x: Tensor) -> bool:
-        """Whether (W + ΔW) x may be computed in place of W x + ΔW x, at half the cost: ΔW is formed anyway, and the sum
-        is rounded as finely as the products are. In shorter types it is not: a small ΔW would vanish in W."""
-        whole = x.dtype == self.site.dtype and x.dtype in (torch.float32, torch.float64) and not in_autocast(x.device)
+        """Whether the layer is computed as (W + ΔW) x, in one node and with fewer products, for ΔW is formed anyway: see dense.py."""
+        whole = x.dtype == self.site.dtype and not in_autocast(x.device)
         return whole and self.forms_delta(x) and self.site.kind == "linear" and not (self.config.dropout and self.training)
 
     @property

@@ -84,33 +84,38 @@ class Magnitude(Delta):
         self.inner.ready(W)
 
     @torch.no_grad()
-    def norms(self, W: Tensor, squares: Tensor | None = None) -> Tensor:
+    def norms(self, W: Tensor, squares: Tensor | None = None, *, as_stored: bool = False) -> Tensor:
         """‖W + ΔW‖ of each row [out], W in any floating type; `squares` is ‖W‖² of each row where it is known.
 
         With ΔW = s·BA it is ‖W‖² + 2s·rowsum((W Aᵀ) ⊙ B) + s²·rowsum((B A Aᵀ) ⊙ B), so nothing of size out×in is made.
+        `as_stored` takes the product W Aᵀ in W's own type, where the device is fast at that: a layer's answer is no finer.
         """
-        product = self.inner.product()
+        product = self.inner.running_product() if self.inner.in_product_form else self.inner.product()
         if product is None:
             change = self.inner.delta(weights.float_view(W))
             return torch.cat([torch.linalg.vector_norm(W[rows] + change[rows], dim=1) for rows in weights.row_blocks(W)])
         left, right, scale = product
         squares = weights.row_squares(W) if squares is None else squares
         left, right = left.to(torch.promote_types(left.dtype, squares.dtype)), right.to(torch.promote_types(right.dtype, squares.dtype))
-        own = ((left @ (right @ right.T)) * left).sum(1)
         # a start with B = 0 need not read W again; on a GPU looking would cost more than it saves
         zero = left.device.type == "cpu" and not left.any()
-        whole = squares if zero else squares + 2 * scale * weights.row_products(W, left, right) + scale**2 * own
+        short = as_stored and W.dtype == torch.bfloat16 and weights.multiplies_bfloat16(W.device)
+        if zero:
+            return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        own = ((left @ (right @ right.T)) * left).sum(1)
+        cross = ((W @ right.T.to(W.dtype)) * left).sum(1) if short else weights.row_products(W, left, right)
+        whole = squares + 2 * scale * cross + scale**2 * own
         return whole.clamp_min(torch.finfo(whole.dtype).tiny).sqrt()  # a row of zeros has a direction of zeros
 
     def stretch(self, base: Base) -> Tensor:
         """What each output is to be longer by [out], with gradient by m."""
         # in the norm's type: m / m is 1 exactly at the start, also where m is stored in a short type
-        return self.magnitude / self.norms(*base.stored()).to(self.magnitude.dtype) - 1
+        return self.magnitude / self.norms(base.stored(), base.row_squares(), as_stored=True).to(self.magnitude.dtype) - 1
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         stretch, bias = self.stretch(base), base.bias()
-        out = self.inner.out(base.drop(x), base.weight() if self.inner.reads_base else None).to(y.dtype)
+        out = self.inner.out(base.drop(x), base.stored() if self.inner.reads_base else None).to(y.dtype)
         return Stretched.apply(y + out, stretch, bias)
 
     def delta(self, W: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters import draw
+from deltune.adapters import dense, draw
 from deltune.adapters.config import AdapterConfig, RankedConfig
-from deltune.adapters.delta import Delta
+from deltune.adapters.delta import Base, Delta
 from deltune.adapters.ranked import Ranked
 from deltune.config.fields import option
 
@@ -133,8 +133,14 @@ class Factored(Ranked):
 # ---------------------------------------------------------------- on the entries of BA
 
 
+ROWS = 64  # of a change that are formed together: they stay in the cache through all steps that an entry takes
+
+
 class EntrywiseOut(torch.autograd.Function):
-    """x (W + f(BA))ᵀ + b [..., out], W and b frozen or left out; keeps x, A and B for the backward pass and no out×in tensor."""
+    """x (W + f(BA))ᵀ + b [..., out], W and b frozen or left out; keeps x, A and B for the backward pass and no out×in tensor.
+
+    f(BA) is formed in A's type, in blocks of rows, and rounded to x's; how it is joined to W see dense.py.
+    """
 
     @staticmethod
     def forward(
@@ -143,20 +149,38 @@ class EntrywiseOut(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, A, B, W)
         ctx.value, ctx.slope = value, slope
-        change = value(B @ A).to(x.dtype)
-        return F.linear(x, change if W is None else change.add_(W), b)
+        D = _entrywise(A, B, value, x.dtype)
+        return F.linear(x, D) if W is None else dense.joined(x, W, b, D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, W = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            change = ctx.value(B @ A).to(grad.dtype)
-            grad_x = grad @ (change if W is None else change.add_(W))
+            D = _entrywise(A, B, ctx.value, grad.dtype)
+            grad_x = grad @ (D if W is None else D.add_(W))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            inner = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(A.dtype).mul_(ctx.slope(B @ A))  # [out, in]
-            grad_A, grad_B = B.T @ inner, inner @ A.T
+            outer = dense.outer(grad, x)  # [out, in]
+            wide = torch.promote_types(A.dtype, torch.float32)  # for the sum over blocks
+            grad_A, grad_B = torch.zeros_like(A, dtype=wide), torch.empty_like(B)
+            for rows in _blocks(len(B)):
+                inner = ctx.slope(B[rows] @ A).mul_(outer[rows])
+                grad_A += B[rows].T @ inner
+                grad_B[rows] = inner @ A.T
+            grad_A = grad_A.to(A.dtype)
         return grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _entrywise(A: Tensor, B: Tensor, value: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """f(BA) [out, in] in this type."""
+    D = torch.empty(len(B), A.shape[1], dtype=dtype, device=A.device)
+    for rows in _blocks(len(B)):
+        D[rows] = value(B[rows] @ A)
+    return D
+
+
+def _blocks(num_rows: int) -> list[slice]:
+    return [slice(begin, begin + ROWS) for begin in range(0, num_rows, ROWS)]
 
 
 class Entrywise(Factored):
@@ -176,8 +200,9 @@ class Entrywise(Factored):
     def forms_delta(self, x: Tensor) -> bool:
         return True
 
-    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return self._applied(x, W, b)
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        W, b = base.stored(), base.bias()
+        return self._applied(x, W, None if b is None else b.to(x.dtype))
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         device = x.device.type

@@ -246,6 +246,20 @@ class DeftConfig(AdapterConfig):
         return Deft
 
 
+class Taken(torch.autograd.Function):
+    """GᵀW [rank, in] for a frozen W: in G's type, and what is kept of W is W as it is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, G: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return G.T @ W.to(G.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        return W.to(gradient.dtype) @ gradient.T, None
+
+
 class Deft(Delta):
     """ΔW = L·(s·R − Gᵀ·W): the directions G of the output lose what W gives them, and get s·R·x instead. Of low rank."""
 
@@ -294,8 +308,8 @@ class Deft(Delta):
         self.deft_R.copy_((G.T @ W) / self.scale)
 
     def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(L, G), each [out, rank], in a type that QR exists for."""
-        P = self.deft_P.to(dtype)
+        """(L, G), each [out, rank], in a type that QR exists for: this one, or float32."""
+        P = self.deft_P.to(torch.promote_types(dtype, torch.float32))
         if self.config.decomposition == "relu":
             return P, F.relu(P)
         Q = torch.linalg.qr(P).Q
@@ -305,8 +319,8 @@ class Deft(Delta):
         """(left [out, rank], right [rank, in]) with ΔW = left·right. The right side is exactly zero at the start."""
         L, G = self.sides(W.dtype)
         with torch.autocast(W.device.type, enabled=False):  # the difference of two that nearly cancel
-            taken = G.T @ W
-        return L, -taken if self.config.para else self.deft_R.to(W.dtype) * self.scale - taken
+            taken = Taken.apply(G, W)
+        return L, -taken if self.config.para else self.deft_R.to(taken.dtype) * self.scale - taken
 
     def delta(self, W: Tensor | None) -> Tensor:
         left, right = self.made(W)

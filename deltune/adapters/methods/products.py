@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters import draw
+from deltune.adapters import dense, draw
 from deltune.adapters.config import AdapterConfig, RankedConfig
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.layers import Site
@@ -150,7 +150,10 @@ class Loha(Ranked):
         return (*self.pairs(), self.scale) if self.is_cheap_as_product else None
 
     def delta(self, W: Tensor | None) -> Tensor:
-        return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ (self.hada_w2_b * self.scale))
+        return self.formed(self.hada_w1_a.dtype, W)
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
+        return dense.product(self.hada_w1_a, self.hada_w1_b, dtype) * dense.product(self.hada_w2_a, self.hada_w2_b * self.scale, dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         n_in, n_out = self.site.n_in, self.site.n_out
@@ -160,7 +163,7 @@ class Loha(Ranked):
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         if not self.is_cheap_as_product:
-            return F.linear(x, self.delta(W).to(x.dtype))
+            return F.linear(x, self.formed(x.dtype, W))
         left, right = self.pairs()
         return F.linear(F.linear(x, right.to(x.dtype)) * self.scale, left.to(x.dtype))
 
@@ -371,6 +374,9 @@ class Hira(Delta):
     def delta(self, W: Tensor) -> Tensor:
         return W * (self.hira_B @ self.hira_A)
 
+    def formed(self, dtype: torch.dtype, W: Tensor) -> Tensor:
+        return W * dense.product(self.hira_B, self.hira_A, dtype)
+
     def forms_delta(self, x: Tensor) -> bool:
         return True
 
@@ -378,8 +384,7 @@ class Hira(Delta):
         if self.site.kind == "embedding":
             z = F.embedding(x, self.hira_A.T, self.site.padding_idx).to(self.site.dtype)
             return F.embedding(x, W.to(z.dtype).T) * F.linear(z, self.hira_B.to(z.dtype))
-        # apart from W x: in a short number type W + ΔW would lose the small steps that ΔW takes
-        return F.linear(x, self.delta(W).to(x.dtype))
+        return F.linear(x, self.formed(x.dtype, W.to(x.dtype)))
 
     def ranked(self) -> dict[str, int]:
         return {"hira_A": 0, "hira_B": 1}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters import draw
+from deltune.adapters import dense, draw
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.adapters.methods.spectral import lowrank
@@ -317,31 +317,37 @@ class Glora(Delta):
             else:
                 parameter.zero_()
 
-    def path(self, name: str) -> Tensor | None:
-        """A, B [out, in], or a shape that spreads to it; C [in, 1]; D, E [out], or [1]. None where there is none."""
+    def path(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """A, B [out, in], or a shape that spreads to it; C [in, 1]; D, E [out], or [1]. None where there is none. A product
+        is formed in `dtype`, by default that of its factors."""
         form = self.forms[name]
         if form == "none":
             return None
         if form == "lora":
-            return getattr(self, f"{name}_Xd") @ getattr(self, f"{name}_Xu")
+            left, right = getattr(self, f"{name}_Xd"), getattr(self, f"{name}_Xu")
+            return left @ right if dtype is None else dense.product(left, right, dtype)
         return getattr(self, f"{name}_X")
 
     def forms_delta(self, x: Tensor) -> bool:
         return self.forms["A"] == "lora"
 
-    def in_one(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        W, b = base.stored(), base.bias()
         change = self.bias_delta(W, b)
-        return F.linear(x, W + self.delta(W), b if change is None else b + change)
+        b = b if change is None else b + change
+        return dense.plus(x, W, None if b is None else b.to(x.dtype), self.formed(x.dtype, W))
+
+    def formed(self, dtype: torch.dtype, W: Tensor) -> Tensor:
+        return torch.addcmul(self.path("B", dtype), W, self.path("A", dtype))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if self.goes_in_one(x) and base.bare:
-            return self.in_one(x, base.weight(), base.bias())
+            return self.in_one(x, base)
         y, seen = base(x), base.drop(x)
         bias = base.bias()
         out = y
         if self.forms["A"] == "lora":
-            W = base.stored()[0].to(y.dtype)
-            out = out + F.linear(seen, torch.addcmul(self.path("B").to(y.dtype), W, self.path("A").to(y.dtype)))
+            out = out + F.linear(seen, self.formed(y.dtype, base.stored().to(y.dtype)))
         elif self.forms["A"] != "none":
             # a number for each row, or for all: what is below is scaled, and W is not needed
             plain = y if seen is x else base(seen)
@@ -350,7 +356,7 @@ class Glora(Delta):
             out = out + seen.sum(dim=-1, keepdim=True) * self.path("B").flatten().to(y.dtype)
         if bias is None:
             return out
-        change = self.bias_delta(base.stored()[0] if self.forms["C"] != "none" else None, bias)
+        change = self.bias_delta(base.stored() if self.forms["C"] != "none" else None, bias)
         return out if change is None else out + change.to(out.dtype)
 
     def delta(self, W: Tensor) -> Tensor:
@@ -363,7 +369,7 @@ class Glora(Delta):
         C, D, E = self.path("C"), self.path("D"), self.path("E")
         parts = [] if D is None else [bias * D + E]
         if C is not None:
-            parts.append((W.to(C.dtype) @ C).squeeze(1))
+            parts.append((W @ C.to(W.dtype)).squeeze(1).to(C.dtype))  # in W's type: there is no copy of W
         return sum(parts[1:], parts[0]) if parts else None
 
     def leaves(self) -> dict[str, str]:

@@ -259,9 +259,9 @@ class MissBat(Delta):
         self.miss_block.zero_()
 
     def delta(self, W: Tensor) -> Tensor:
-        rank, D = self.rank, self.miss_block
+        rank, D = self.rank, self.miss_block.to(W.dtype)
         rows = W.reshape(-1, rank * (self.site.n_in // rank), rank)  # [out/r, r · in/r, r]: a row of blocks, cut into rows
-        turned = torch.bmm(rows, D.to(W.dtype)).unflatten(1, (rank, -1))  # [out/r, r, in/r, r]
+        turned = torch.bmm(rows, D).unflatten(1, (rank, -1))  # [out/r, r, in/r, r]
         return (turned + D.unsqueeze(2)).reshape(W.shape)
 
 
