@@ -133,3 +133,10 @@ def test_on_a_short_base_nothing_of_the_weights_size_is_made_in_float32(method):
     with FloatMatrices() as made:
         model(x).sum().backward()
     assert not made.found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_change_below_the_weights_rounding_acts(dtype):
+    """1 + 2⁻¹² is 1 in bfloat16 and float16; where W x is zero the change is all that is left."""
+    x, W, D = torch.tensor([[1.0, -1.0]], dtype=dtype), torch.ones(1, 2, dtype=dtype), torch.tensor([[2.0**-12, 0.0]], dtype=dtype)
+    assert dense.plus(x, W, None, D).item() == 2.0**-12
