@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_a_document_without_tokens_is_named():
 def slow_best_fit(lengths, capacity):
     """Best fit decreasing by looking at every bin: how full the bins are."""
     fills: list[int] = []
-    for length in sorted(lengths, reverse=True):
+    for length in sorted(lengths, key=lambda length: -(length * 64 // capacity)):
         fitting = [i for i, fill in enumerate(fills) if fill + length <= capacity]
         if fitting:
             fills[max(fitting, key=fills.__getitem__)] += length
@@ -197,8 +197,23 @@ def test_every_epoch_has_every_row_once_and_ends_between_bins(file, small_window
     for epoch in epochs:
         assert sorted(n for bin in epoch for n in bin) == sorted(f"a.jsonl:{i + 1}" for i in range(60))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert {frozenset(bin) for bin in epochs[0]} != {frozenset(bin) for bin in epochs[1]}  # other company every time
     assert steps._bins.windows_per_epoch > 1
+
+
+def test_examples_have_other_company_in_each_epoch(tmp_path):
+    data = load(write_rows(tmp_path / "a.jsonl", rows(400, longest=397)))
+    steps = bins(data, micro_batch_tokens=2000)
+
+    def company(epoch):
+        found = set()
+        for i in range(1000):
+            if int(steps.epochs_after(i)) == epoch:
+                found |= {frozenset(pair) for bin in rows_of(steps.step(i)) for pair in combinations(bin, 2)}
+            elif steps.epochs_after(i) > epoch:
+                return found
+
+    first, second = company(0), company(1)
+    assert len(first & second) < 0.35 * len(first)  # 0.97 in strict order of lengths
 
 
 def test_weights_hold_in_bins(tmp_path, small_windows):
@@ -231,14 +246,24 @@ def test_any_bin_is_found_without_those_before_it(file, small_windows):
     assert rows_of(bins(data, accumulate=3, seed=4).step(0)) != steps[0]
 
 
-def test_the_bins_of_a_step_are_filled_alike(tmp_path):
+@pytest.mark.parametrize("bins_per_window", [256, 33])
+def test_the_bins_of_a_step_are_filled_alike(tmp_path, monkeypatch, bins_per_window):
     """Examples of which one or two fill a bin: by chance a step of four would have a bin far emptier than the others."""
     file = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a" * (60 + 61 * i % 90)} for i in range(300)])
+    monkeypatch.setattr("deltune.data.bins.BINS_PER_WINDOW", bins_per_window)
     data = load(file)
     steps, other = (bins(data, accumulate=2, world_size=2, rank=r, micro_batch_tokens=240, num_examples=600) for r in range(2))
     spread = [np.ptp([b.num_tokens for b in steps.step(i) + other.step(i)]) for i in range(steps.num_steps(2) - 1)]
     assert np.std([b.num_tokens for i in range(20) for b in steps.step(i)]) > 15
     assert np.median(spread) <= 240 / 16
+
+
+def test_a_step_has_long_and_short_examples(tmp_path):
+    """Best fit fills its first bins with few long examples; a step of such alone would see only them."""
+    data = load(write_rows(tmp_path / "a.jsonl", rows(900, longest=300)))
+    steps = bins(data, accumulate=4, micro_batch_tokens=1000)
+    sizes = np.array([[len(b.rows) for b in steps.step(i)] for i in range(int(data.lengths.sum()) // 4000)])
+    assert np.var(sizes.mean(axis=1)) < 0.5 * np.var(sizes)  # a quarter by chance
 
 
 def test_reading_order_is_kept_as_far_as_bins_allow(file, small_windows):

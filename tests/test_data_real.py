@@ -146,3 +146,14 @@ def test_a_folder_of_real_files_is_one_source(real_data):
     assert result.train[999].row.endswith("alpaca_tiny.json[0]")
     batches = Loader(result.train, micro_batch=4, pad_id=258, batching="grouped").step(3)
     assert len(batches[0].rows) == 4
+
+
+@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "alpaca/alpaca_en_demo.json", "alpaca/alpaca_zh_demo.json"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_bins_of_real_rows_are_full_to_one_percent(real_data, name, epochs):
+    data = prepared(real_data / name, bpe(real_data), max_length=1024).train
+    capacity = 4096
+    loader = Loader(data, micro_batch=8, micro_batch_tokens=capacity, batching="packed", pad_id=0, num_examples=epochs * len(data))
+    found = [batch.num_tokens for i in range(loader.num_steps(epochs)) for batch in loader.step(i)]
+    assert sum(found) == epochs * data.lengths.sum()
+    assert 1 - sum(found) / (len(found) * capacity) <= 0.01
