@@ -180,10 +180,10 @@ def products_backward(
             continue
         for_A, for_B, for_stretch = needed.layers[i]
         g, dtype = rows(grad), grad.dtype
-        if for_stretch:
-            found[i][2] = _stretch_gradient(g, rows(made.outputs[i]), layer)
         if layer.stretch is not None:
-            g = torch.addcmul(g, g, layer.stretch.to(dtype))
+            spare = torch.mul(g, rows(made.outputs[i])) if for_stretch else torch.empty_like(g)
+            found[i][2] = _stretch_gradient(g, spare, layer) if for_stretch else None
+            g = torch.addcmul(g, g, layer.stretch.to(dtype), out=spare)
         if needed.x:
             W = layer.weight.to(dtype)
             dx = g @ W if dx is None else add_product(dx, g, W)
@@ -217,13 +217,13 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def _stretch_gradient(g: Tensor, y: Tensor, layer: Layer) -> Tensor:
-    """Σ g ⊙ h over tokens [out], h = (y - b) / (1 + d) being what was stretched: y is saved, which others hold as well.
+def _stretch_gradient(g: Tensor, gy: Tensor, layer: Layer) -> Tensor:
+    """Σ g ⊙ h over tokens [out], of g ⊙ y. h = (y - b) / (1 + d) is what was stretched; y is saved, which others hold as well.
 
     Where the gain is zero h cannot be told from y. Such a row has no weights, so h and its gradient are zero as well.
     """
     d = layer.stretch
-    found = (g * y).sum(0).to(d.dtype)
+    found = gy.sum(0).to(d.dtype)
     if layer.bias is not None:
         found = found - layer.bias.to(d.dtype) * g.sum(0).to(d.dtype)
     return torch.where(d == -1, 0, found / (1 + d))
