@@ -352,10 +352,16 @@ class PreviewSettings:
 
     model: ModelConfig = section(ModelConfig, "Model whose tokenizer is used.", primary="path")
     data: DataConfig = section(DataConfig, "Data to look at.", primary="train")
+    train: TrainConfig = section(TrainConfig, "Micro-batches, for step.")
+    step: int | None = option(None, "Show the batches of this optimizer step of one process, the first being 1, instead of single examples.", gt=0)
     rows: int = option(3, "Examples shown.", gt=0)
     start: int = option(0, "First example shown.", ge=0)
     part: str = option("train", "Training or evaluation rows.", choices=("train", "eval"))
     color: str = option("auto", "Colour; auto looks whether the output is a terminal.", choices=("auto", "always", "never"))
+
+    def problems(self) -> list[str]:
+        keys = [key for key in ("rows", "start", "part") if self.step is not None and _changed(self, key)]
+        return [f"{key} has no effect with step, which shows whole batches of the training data" for key in keys]
 
 
 @dataclass(frozen=True)
@@ -374,7 +380,7 @@ class InitSettings:
 def load(cls: type[S], words: Sequence[str] = (), file: str | Path | None = None, *, mapping: Mapping[str, Any] | None = None) -> S:
     """The settings of a verb from command-line words over a YAML file or a mapping. ConfigError lists all that is wrong.
 
-    For PreviewSettings file and preset are those of a training run, of which model and data are taken.
+    For PreviewSettings file and preset are those of a training run, of which model, data and train are taken.
     """
     from deltune.config.check import build
     from deltune.config.compose import compose
@@ -387,7 +393,7 @@ def load(cls: type[S], words: Sequence[str] = (), file: str | Path | None = None
         words, file = [word for word in words if word not in presets], None
     stated, origins = compose(cls, words, file=None if file is None else Path(file), mapping=mapping, presets=cls is Run)
     if run is not None:
-        _lay_under(stated, origins, {"model": asdict(run.model), "data": asdict(run.data)}, "the run's config")
+        _lay_under(stated, origins, {name: asdict(getattr(run, name)) for name in ("model", "data", "train")}, "the run's config")
     if issubclass(cls, Trained):
         _fill_from_run(cls, stated, origins)
     return build(cls, stated, origins)

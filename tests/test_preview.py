@@ -118,3 +118,48 @@ def test_no_weights_are_read(capsys, tiny_folder, tmp_path, file):
     (folder / "model.safetensors").write_bytes(b"no weights at all")
     code, out, _ = shown(capsys, f"model={folder}", f"data={file}")
     assert code == 0 and "Example 0" in out
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [
+    ["train.micro_batch=3", "train.accumulate=2"], ["train.micro_batch_tokens=256", "data.max_length=200", "train.accumulate=2"],
+    ["train.micro_batch=3", "data.batching=padded"], ["train.micro_batch=3", "data.batching=padded", "data.streaming=true", "train.steps=9"],
+])
+def test_a_step_is_shown_with_the_documents_that_the_trainer_puts_together(capsys, tiny_folder, file, words, tmp_path):
+    """Told from outside: a step of the caller's own notes what it is handed."""
+    import deltune
+    from deltune.training.loss import causal_lm_step
+
+    handed = []
+
+    def forward_step(model, batch):
+        handed.append(batch)
+        return causal_lm_step(model, batch)
+
+    packed = [] if any("batching" in word for word in words) else ["data.batching=packed"]
+    common = [f"model={tiny_folder}", f"data={file}", *words, *packed]
+    quiet = ["log.progress=off", "log.report=false", "log.sinks=[]", "eval.samples=0", f"output={tmp_path}", "name=r"]
+    per_step = 2 if "train.accumulate=2" in words else 1
+    deltune.train([*common, *quiet], forward_step=forward_step)
+    code, out, _ = shown(capsys, *common, "step=2")
+    assert code == 0 and ("batches: packed" in out) == bool(packed)
+    parts = re.split(r"^Micro-batch ", out, flags=re.M)[1:]
+    batches = handed[per_step : 2 * per_step]
+    assert len(parts) == len(batches) > 0
+    for part, batch in zip(parts, batches, strict=True):
+        assert re.findall(r"^Document \d+ · (.*) · positions", part, re.M) == batch.rows
+        assert part.count(" x ") and f"{batch.num_tokens} tokens, {batch.num_trained_tokens} trained" in part
+        borders = [tuple(map(int, found)) for found in re.findall(r"positions (\d+)-(\d+),", part)]
+        if batch.segments is None:
+            assert all(start == 0 for start, _ in borders) and "padding" in part
+        else:
+            assert borders == [(a, b - 1) for a, b in zip(batch.segments, batch.segments[1:], strict=False)]
+
+
+def test_a_step_past_the_end_is_refused(capsys, tiny_folder, file):
+    code, _, err = shown(capsys, f"model={tiny_folder}", f"data={file}", "train.micro_batch=3", "step=4")
+    assert code == 2 and "step=4: the run has 3 steps" in err
+    code, _, err = shown(capsys, f"model={tiny_folder}", f"data={file}", "step=1", "rows=5")
+    assert code == 2 and "rows" in err

@@ -13,7 +13,8 @@ from deltune.log import logger
 
 if TYPE_CHECKING:
     from deltune.data.config import DataConfig
-    from deltune.settings import Run
+    from deltune.data.loader import Loader
+    from deltune.settings import PreviewSettings, Run
 
 
 class Batching(NamedTuple):
@@ -53,6 +54,20 @@ def of_run(run: Run, model: Any, *, own_step: str = "") -> Batching:
     if found.why_padded:
         logger.info("%s batches are padded: %s", "evaluation" if own_step == "eval_step" else "training", found.why_padded)
     return found
+
+
+def loader(settings: Run | PreviewSettings, dataset: Any, name: str, pad_id: int, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """The batches of a training run; `name` is packed, grouped or padded."""
+    from deltune.data.loader import Loader
+
+    data, train = settings.data, settings.train
+    # a number of epochs ends with a short step; a number of steps goes round as often as it takes
+    num_examples = None if train.steps else max(1, round((train.epochs or 1.0) * dataset.examples_per_epoch))
+    return Loader(
+        dataset, micro_batch=train.micro_batch, micro_batch_tokens=train.micro_batch_tokens, accumulate=train.accumulate,
+        rank=rank, world_size=world_size, seed=data.seed, shuffle=data.shuffle, batching=name, pad_id=pad_id,
+        num_examples=num_examples,
+    )  # fmt: skip
 
 
 def cannot_pack(model: Any) -> str:

@@ -68,7 +68,7 @@ VERBS_OF_PAGE = (
     ("deltune chat", settings.ChatSettings, ("model", "engine")),
     ("deltune merge", settings.MergeSettings, ("model", "engine")),
     ("deltune convert", settings.ConvertSettings, ("model", "engine")),
-    ("deltune preview", settings.PreviewSettings, ("model", "data")),
+    ("deltune preview", settings.PreviewSettings, ("model", "data", "train")),
     ("deltune init", settings.InitSettings, ()),
 )
 

@@ -99,13 +99,9 @@ def steps_of(run: Run, found: Survey, shapes: MicroBatches) -> int:
     if train.steps is not None:
         return train.steps
     if train.micro_batch_tokens is not None and found.data is not None:
-        from deltune.data.loader import Loader
+        from deltune.commands.batching import loader
 
-        loader = Loader(
-            found.data, micro_batch=1, micro_batch_tokens=train.micro_batch_tokens, accumulate=train.accumulate,
-            seed=run.data.seed, shuffle=run.data.shuffle, batching="packed", pad_id=0,
-        )  # fmt: skip
-        return loader.num_steps(epochs)
+        return loader(run, found.data, "packed", 0).num_steps(epochs)
     num_examples = max(1, round(epochs * found.examples_per_epoch))
     per_step = train.micro_batch if train.micro_batch_tokens is None else shapes.examples
     return math.ceil(num_examples / (per_step * train.accumulate))

@@ -20,6 +20,7 @@ from deltune.errors import DataError
 
 if TYPE_CHECKING:
     from deltune.data.dataset import Dataset, Example
+    from deltune.data.pack import Batch
     from deltune.data.prepare import DataReport
     from deltune.settings import PreviewSettings
 
@@ -44,7 +45,8 @@ def main(words: list[str], file: Path | None) -> int:
     log.set_up()
     tokenizer = load_tokenizer(settings.model)
     prepared = prepare(settings.data, tokenizer)
-    write(list(page(settings, tokenizer, prepared)), color=settings.color)
+    lines = page(settings, tokenizer, prepared) if settings.step is None else step_page(settings, tokenizer, prepared)
+    write(list(lines), color=settings.color)
     return 0
 
 
@@ -71,6 +73,51 @@ def page(settings: PreviewSettings, tokenizer: Any, prepared: Any) -> Iterator[l
     if isinstance(data, Dataset):
         yield []
         yield from histogram(data, settings.data.max_length)
+
+
+def step_page(settings: PreviewSettings, tokenizer: Any, prepared: Any) -> Iterator[list[Span]]:
+    """The batches of an optimizer step as the model gets them, with the documents of each, line by line."""
+    from deltune.commands import batching
+    from deltune.data.dataset import Dataset
+    from deltune.models.load import empty
+
+    assert settings.step is not None
+    chosen = batching.settled(settings.data, empty(settings.model), tokens=settings.train.micro_batch_tokens)
+    loader = batching.loader(settings, prepared.train, chosen.name, tokenizer.pad_token_id)
+    for i in range(0 if isinstance(prepared.train, Dataset) else settings.step - 1):
+        loader.step(i)  # a stream is read from its beginning
+    batches = loader.step(settings.step - 1)
+    if not batches:
+        raise DataError(f"step={settings.step}: the run has {loader.num_steps(settings.train.epochs or 1.0)} steps")
+    yield from summary("train", prepared.report, tokenizer)
+    yield [Span(f"  batches: {chosen}")]
+    for number, batch in enumerate(batches):
+        yield []
+        yield [Span(f"Micro-batch {number} of step {settings.step} · {shape_of(batch, settings.train.micro_batch_tokens)}", "head")]
+        for document, (start, example) in enumerate(documents(batch)):
+            trained = int((example.labels[1:] != -100).sum())
+            yield [Span(f"Document {document} · {visible(example.row)} · positions {start}-{start + len(example.ids) - 1}, {trained} trained", "bar")]
+            yield spans(example, tokenizer)
+
+
+def shape_of(batch: Batch, capacity: int | None) -> str:
+    """Rows, tokens, and what of the room is empty."""
+    rows, seq = batch.input_ids.shape
+    text = f"{rows} x {seq} positions, {len(batch.rows)} documents, {batch.num_tokens} tokens, {batch.num_trained_tokens} trained"
+    if batch.segments is None:
+        return f"{text}, {1 - batch.num_tokens / batch.input_ids.numel():.0%} padding"
+    return text if capacity is None else f"{text}, {1 - batch.num_tokens / capacity:.1%} of {capacity} left over"
+
+
+def documents(batch: Batch) -> Iterator[tuple[int, Example]]:
+    """Where each example of a batch begins in its row, and its tokens and labels as the model and the loss get them."""
+    from deltune.data.dataset import Example
+
+    row_of = batch.row_of_tokens()
+    for index, row in enumerate(batch.rows):
+        mine = row_of == index if batch.attention_mask is None else (row_of == index) & (batch.attention_mask == 1)
+        start = int(mine.nonzero()[0, 1])
+        yield start, Example(batch.input_ids[mine].numpy(), batch.labels[mine].numpy(), row)
 
 
 def summary(part: str, report: DataReport, tokenizer: Any) -> Iterator[list[Span]]:

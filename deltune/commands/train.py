@@ -175,7 +175,7 @@ class Session:
 
         from deltune.adapters.attach import extra_loss
         from deltune.adapters.rules import gradient_rules, lr_ratios
-        from deltune.data.loader import Loader
+        from deltune.commands import batching
         from deltune.optim.build import build_optimizer
         from deltune.optim.groups import parameter_groups
         from deltune.optim.schedules import schedule
@@ -185,15 +185,8 @@ class Session:
         from deltune.training.state import Saver
 
         run, engine = self.run, self.engine
-        epochs = run.train.epochs or 1.0
-        # a number of epochs ends with a short step; a number of steps goes round as often as it takes
-        num_examples = None if run.train.steps else max(1, round(epochs * self.data.train.examples_per_epoch))
-        loader = Loader(
-            self.data.train, micro_batch=run.train.micro_batch, micro_batch_tokens=run.train.micro_batch_tokens,
-            accumulate=run.train.accumulate, rank=engine.rank, world_size=engine.world_size, seed=run.data.seed,
-            shuffle=run.data.shuffle, batching=self.batching.name, pad_id=self.tokenizer.pad_token_id, num_examples=num_examples,
-        )
-        num_steps = run.train.steps or loader.num_steps(epochs)
+        loader = batching.loader(run, self.data.train, self.batching.name, self.tokenizer.pad_token_id, rank=engine.rank, world_size=engine.world_size)
+        num_steps = run.train.steps or loader.num_steps(run.train.epochs or 1.0)
         ratios = lr_ratios(self.model, run.optim.rule, run.optim.rule_ratio)
         optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim, ratios), run.optim)
         self.schedules, rates = self.over_time(optimizer, lambda steps: schedule(run.schedule, steps), num_steps)
