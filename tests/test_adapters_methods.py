@@ -143,6 +143,30 @@ def test_gradients_equal_finite_differences(method):
 PLACE_WIDTH = {"conv": 8, "norm": 16, "linear": 16}
 
 
+@pytest.mark.parametrize("method", [name for name in LAYERS if named(name).delta_class().in_product_form])
+def test_what_says_that_it_is_in_product_form_computes_that_product(method):
+    """Value and gradients, so that a node may be used in `out`'s place; and exactly nothing where the start is nothing."""
+    model = attach(model_of(torch.float64), config_of(method, dtype="auto"))
+    inner = {place: delta.inner if isinstance(delta, Magnitude) else delta for place, delta in deltas_of(model).items()}
+    inner = {place: delta for place, delta in inner.items() if delta.site.kind != "embedding"}
+
+    def products():
+        return {place: (lambda B, A, scale: lambda x: scale * (x @ A.T) @ B.T)(*delta.running_product()) for place, delta in inner.items()}
+
+    xs = {place: torch.randn(3, PLACE_WIDTH[place], dtype=torch.float64) for place in inner}
+    if not METHODS[method].start:
+        assert not any(product(xs[place]).any() for place, product in products().items())
+    shaken(model)
+    for place, product in products().items():
+        delta, x = inner[place], xs[place]
+        assert type(delta).forward is Delta.forward and delta.additive and not delta.reads_base, place
+        answers = product(x), delta.out(x, None)
+        assert torch.allclose(*answers, rtol=1e-12, atol=1e-14)
+        parameters = list(delta.parameters())
+        gradients = [torch.autograd.grad(y.square().sum(), parameters, allow_unused=True) for y in answers]
+        assert all((a is None and b is None) or torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(*gradients, strict=True))
+
+
 @mergeable
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_merged_answers_as_the_adapter_and_unmerging_restores_every_bit(method, dtype, tolerance):

@@ -322,6 +322,8 @@ class SharePart(Bank):
 class ShareLora(Ranked):
     """ΔW = s·B·A, B = 0 at the start. A part that is shared is in the bank, the other one is the layer's own."""
 
+    in_product_form = True
+
     @classmethod
     def banks(cls, config: ShareLoraConfig) -> Mapping[str, tuple[str, type[Bank]]]:
         return {"shared": (config.scope, SharePart)}

@@ -114,6 +114,7 @@ class ScaledBases(torch.autograd.Function):
 class RandLora(Delta):
     """ΔW = s·Σ_j B_j·diag(λ_j)·A·diag(γ_j), or its transpose where out < in. λ = 0 at the start."""
 
+    in_product_form = True
     # PEFT's files hold the bank once more in every layer
     repeats = {"randlora_A": "randlora_A", "randlora_B": "randlora_B"}
 
@@ -239,6 +240,8 @@ def _index_type(count: int) -> torch.dtype:
 
 class VbLora(Delta):
     """ΔW = B·A with pieces Σ_k softmax(the k largest logits)·vector. Not zero at the start: both factors are small."""
+
+    in_product_form = True
 
     @classmethod
     def banks(cls, config: VbLoraConfig) -> Mapping[str, tuple[str, type[Bank]]]:
@@ -371,6 +374,8 @@ class Theta(Bank):
 
 class UniLora(Delta):
     """ΔW = B·A with A[i, j] = θ[p(i, j)] / √uses, and B likewise; p is frozen. Not zero at the start, but small."""
+
+    in_product_form = True
 
     @classmethod
     def banks(cls, config: UniLoraConfig) -> Mapping[str, tuple[str, type[Bank]]]:

@@ -384,6 +384,8 @@ class Prolora(Ranked):
     A₀ [r − u, ⌈in/m⌉] and A_u [u, in]; B₀ [⌈out/n⌉, r − u] and B_u [out, u]; what goes over `in` or `out` is cut off.
     """
 
+    in_product_form = True
+
     @classmethod
     def check(cls, config: ProloraConfig, names: Sequence[str]) -> None:
         super().check(config, names)

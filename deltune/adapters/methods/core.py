@@ -204,6 +204,8 @@ def through(x: Tensor, *factors: Tensor) -> Tensor:
 class MosLora(Cored):
     """ΔW = s·B·M·A. Unchanged at its start, for B is zero."""
 
+    in_product_form = True
+
     def build(self) -> None:
         self.declare_factors()
         self.declare("mixer", self.rank, self.rank)
@@ -314,6 +316,8 @@ class NLora(Cored):
 class Nora(Cored):
     """ΔW = s·B·(B'·A')·A with B and A frozen. Unchanged at its start, for B' is zero."""
 
+    in_product_form = True
+
     def build(self) -> None:
         self.check_rank()
         inner = self.config.inner_rank
@@ -344,6 +348,8 @@ class Nora(Cored):
 
 class LoraXs(Cored):
     """ΔW = s·B·R·A with B and A frozen. Unchanged at its start unless `init_std` draws R."""
+
+    in_product_form = True
 
     def build(self) -> None:
         self.check_rank()

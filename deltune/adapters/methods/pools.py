@@ -86,6 +86,8 @@ class RasaPool(Bank):
 class Rasa(Delta):
     """ΔW = [B_p, B_s]·diag(e)·[A_p; A_s] with no scale but e. B = 0 at the start."""
 
+    in_product_form = True
+
     @classmethod
     def banks(cls, config: RasaConfig) -> Mapping[str, tuple[str, type[Bank]]]:
         return {"pool": ("type", RasaPool)}
@@ -295,6 +297,8 @@ FORMS: dict[str, type[nn.Module]] = {"slice": Slice, "gate": Gate, "kron": Kron}
 
 class BsLora(Delta):
     """ΔW = s·(B_u A_u + φ(block's pair) + φ(model's pair)). Every B is 0 at the start."""
+
+    in_product_form = True
 
     @classmethod
     def banks(cls, config: BsLoraConfig) -> Mapping[str, tuple[str, type[Bank]]]:

@@ -420,6 +420,7 @@ class Delora(Delta):
     The copies A₀, B₀ are tensors of their own and saved; the base is never rewritten. init=zero has none (PEFT's form).
     """
 
+    in_product_form = True
     SMALLEST_NORM = 1e-4  # PEFT's; the authors' code has no such bound, and needs none while nothing starts at zero
 
     peft = PeftFormat(

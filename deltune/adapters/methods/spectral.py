@@ -271,6 +271,7 @@ def _psoft_factors(fields: Mapping[str, Any], delta: Delta, tensors: Mapping[str
 class Psoft(Delta):
     """ΔW = B (R − I) A with A and B frozen. Unchanged at Q = 0, a = b = 1."""
 
+    in_product_form = True
     peft = PeftFormat(
         type="PSOFT",
         write=_psoft_to_peft,
@@ -409,6 +410,7 @@ def _tiny_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
 class TinyLora(Delta):
     """ΔW = B (Σ v_i P_i) A. Unchanged at v = 0."""
 
+    in_product_form = True
     tied: TinyNumbers
     peft = PeftFormat(
         type="TINYLORA",
