@@ -77,6 +77,7 @@ def test_a_model_is_told_of_the_documents_by_transformers_names():
     for side in "qk":
         assert packed[f"cu_seq_lens_{side}"].dtype == torch.int32
         assert packed[f"cu_seq_lens_{side}"].tolist() == [0, 3, 4, 6] and packed[f"max_length_{side}"] == 3
+        assert packed[f"cu_seq_lens_{side}"].starts == (0, 3, 4, 6)  # known without asking the device
     padded = pad([example([5, 6, 7]), example([8])], PAD).inputs()
     assert set(padded) == {"input_ids", "attention_mask", "use_cache"} and padded["attention_mask"].sum() == 4
 

@@ -52,6 +52,7 @@ class Batch:
         given: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
         if self.segments is not None:
             borders = torch.tensor(self.segments, dtype=torch.int32, device=self.input_ids.device)
+            borders.starts = self.segments  # for models.attention, which need not read them back from the device then
             longest = max(stop - start for start, stop in pairwise(self.segments))
             given |= {
                 "position_ids": self.position_ids, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
