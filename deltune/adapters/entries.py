@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltune.adapters import dense
 from deltune.errors import AdapterError
 
 # Off the CPU: up to this many entries for each row or column, single entries are cheaper than a dense product.
@@ -104,16 +105,30 @@ class Entries(nn.Module):
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """The matrix times x [..., out], in x's type."""
-        if x.device.type == "cpu" and values.numel() < MANY * self.n_out * self.n_in:
-            wide = torch.promote_types(x.dtype, torch.float32)  # sparse products know no shorter type
-            y = Product.apply(x.reshape(-1, self.n_in).to(wide), values.to(wide), self.layout())
-            return y.reshape(*x.shape[:-1], self.n_out).to(x.dtype)
+        if self.by_entry(x):
+            y = Product.apply(x.reshape(-1, self.n_in), values.to(x.dtype), self.layout())
+            return y.reshape(*x.shape[:-1], self.n_out)
         values = values.to(x.dtype)
         if x.device.type == "cpu" or values.numel() > FEW * (self.n_out + self.n_in):
             return nn.functional.linear(x, self.dense(values))
         rows, columns = self.places.long()
         picked = x.index_select(-1, columns) * values
         return x.new_zeros(*x.shape[:-1], self.n_out).index_add(-1, rows, picked)
+
+    def by_entry(self, x: Tensor) -> bool:
+        """Whether sparse products are the faster ones. A short type has none, and fast dense ones."""
+        few = self.places.shape[1] < MANY * self.n_out * self.n_in
+        return x.device.type == "cpu" and few and not dense.is_short(x.dtype)
+
+    def pays_with_weight(self, x: Tensor) -> bool:
+        """Whether `plus` is cheaper than a product beside W's: it passes over W, where `forward` takes the entries for each
+        token, and one of either costs about the same (measured at 2048×768, one thread)."""
+        tokens = x.numel() // self.n_in
+        return not self.by_entry(x) or tokens * self.places.shape[1] > self.n_out * self.n_in
+
+    def plus(self, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor) -> Tensor:
+        """(W + the matrix) x + b [..., out], in x's type, which is W's; how the two are joined see dense.py."""
+        return PlusEntries.apply(x, W, None if b is None else b.to(x.dtype), values, self)
 
     def layout(self) -> Layout:
         """The places sorted by row and by column; found anew where they have changed."""
@@ -192,6 +207,45 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = _times(layout.transpose(values), across)
         if ctx.needs_input_grad[1]:
-            sampled = torch.sparse.sampled_addmm(layout.matrix(torch.zeros_like(values)), across, x, beta=0.0)
-            to_values = torch.empty_like(values).index_copy_(0, layout.order, sampled.values())
+            to_values = _sampled(across, x, values, layout)
         return to_x, to_values, None
+
+
+class PlusEntries(torch.autograd.Function):
+    """As dense.plus, with a change that is its values at some places: nothing but these is kept of it, and in float32 on a
+    CPU no gradient but theirs is formed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(x, W, values)
+        ctx.entries = entries
+        if dense.is_short(x.dtype):
+            return dense.joined(x, W, b, entries.dense(values.to(x.dtype)))
+        return nn.functional.linear(x, _summed(W, values, entries.flat()), b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, values = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        to_x = to_values = None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ _summed(W, values, entries.flat())
+        if ctx.needs_input_grad[3] and entries.by_entry(x):
+            across = gradient.reshape(-1, entries.n_out).T.contiguous()
+            to_values = _sampled(across, x.reshape(-1, entries.n_in), values.to(x.dtype), entries.layout()).to(values.dtype)
+        elif ctx.needs_input_grad[3]:
+            to_values = dense.outer(gradient, x).view(-1).index_select(0, entries.flat()).to(values.dtype)
+        return to_x, None, None, to_values, None
+
+
+def _summed(W: Tensor, values: Tensor, flat: Tensor) -> Tensor:
+    """W with the values added at their places."""
+    whole = W.clone(memory_format=torch.contiguous_format)
+    whole.view(-1).index_add_(0, flat, values.to(W.dtype))
+    return whole
+
+
+def _sampled(across: Tensor, x: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """The entries of across [out, tokens] times x [tokens, in], in the order of the values."""
+    sampled = torch.sparse.sampled_addmm(layout.matrix(torch.zeros_like(values)), across, x, beta=0.0)
+    return torch.empty_like(values).index_copy_(0, layout.order, sampled.values())

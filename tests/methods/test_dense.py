@@ -10,6 +10,9 @@ from torch.utils._pytree import tree_leaves
 from deltune.adapters import dense
 from deltune.adapters.attach import attach, trainable
 from deltune.adapters.config import named
+from deltune.adapters.entries import Entries
+from deltune.adapters.methods.frequency import Cosines
+from deltune.adapters.methods.tiles import Circulant
 from deltune.adapters.wrapper import wrappers
 from tests.methods.test_products import adapted, layer
 
@@ -34,6 +37,8 @@ def test_a_change_that_is_formed_anyway_goes_into_one_product_with_the_weight():
 FORMED = {
     "hira": {"rank": 2}, "miss_bat": {"rank": 2}, "sinelora": {"rank": 2}, "loran": {"rank": 2}, "glora": {"rank": 2}, "loha": {"rank": 9},
     "svft": {}, "svft_random": {"off_diagonals": 2}, "frod": {"sparse_rate": 0.1}, "randlora": {"rank": 8}, "osf": {"kept": 1},
+    "shira": {"rank": 1}, "supertuning": {"sparsity": 0.95}, "waveft": {"n_frequency": 4}, "fourierft": {"n_frequency": 30, "init": "zero"},
+    "c3a": {"block_size": 8, "init": "zero"},
 }  # fmt: skip
 
 
@@ -140,3 +145,28 @@ def test_a_change_below_the_weights_rounding_acts(dtype):
     """1 + 2⁻¹² is 1 in bfloat16 and float16; where W x is zero the change is all that is left."""
     x, W, D = torch.tensor([[1.0, -1.0]], dtype=dtype), torch.ones(1, 2, dtype=dtype), torch.tensor([[2.0**-12, 0.0]], dtype=dtype)
     assert dense.plus(x, W, None, D).item() == 2.0**-12
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (6, 8), (1, 4), (4, 1), (5, 8)])
+def test_the_gradient_of_formed_waves_is_that_of_their_sum(shape):
+    places = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(0))[:3]
+    c = torch.randn(len(places), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c: Cosines.apply(c, places, *shape, torch.float64), c)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 5), (3, 2, 1)])
+def test_the_gradient_of_circulant_blocks_is_that_of_their_numbers(shape):
+    assert torch.autograd.gradcheck(Circulant.apply, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+
+
+def test_few_entries_take_their_own_gradients_alone_and_many_a_dense_one():
+    """Both are the dense product's, in float32 on a CPU, and a short type takes dense ones."""
+    x, W, back = torch.randn(50, 24), torch.randn(16, 24), torch.randn(50, 16)
+    for count in (5, 200):
+        entries = Entries.at(torch.randperm(16 * 24)[:count], 16, 24, torch.device("cpu"))
+        values = torch.randn(count, requires_grad=True)
+        assert entries.by_entry(x) == (count == 5) and not entries.by_entry(x.bfloat16())
+        plain, plus = x @ (W + entries.dense(values)).T, entries.plus(x, W, None, values)
+        assert torch.allclose(plus, plain, atol=1e-5)
+        one, other = (torch.autograd.grad((y * back).sum(), values)[0] for y in (plus, plain))
+        assert torch.allclose(one, other, atol=1e-4)

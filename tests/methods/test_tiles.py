@@ -208,7 +208,7 @@ def test_c3a_is_independent_of_the_adapters_before_it():
         assert (model(x) - base - change["default"] - change["two"]).abs().max() < 1e-12
 
 
-def test_c3a_in_bfloat16_transforms_in_float32():
+def test_c3a_on_a_bfloat16_base_has_finite_gradients():
     model = attach(tiny_model().bfloat16(), named("c3a", targets=LLAMA, block_size=8))
     model(torch.arange(6).unsqueeze(0)).logits.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in trainable(model).values())

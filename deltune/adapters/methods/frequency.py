@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltune.adapters import draw
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
-from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.adapters.entries import Entries, permuted
 from deltune.adapters.layers import Site
 from deltune.adapters.ranked import pattern_matches, value_for
@@ -99,7 +100,6 @@ class WaveConfig(FrequencyConfig):
 class Frequency(Delta):
     """`coefficients` [n] at places that need not be saved: the seed and the layer's size tell them."""
 
-    widens = "Fourier transforms and sparse products are in no short type"
     start_std: float  # of a normal start
     leaf: str
 
@@ -150,51 +150,38 @@ class Parts:
 # ---------------------------------------------------------------- FourierFT
 
 
-@functools.lru_cache(maxsize=64)
-def waves(n_out: int, n_in: int, count: int, seed: int, device: torch.device) -> Parts:
-    """What the coefficients are between the half spectra of the input and the output, real and imaginary parts as numbers
-    of their own.
+class Cosines(torch.autograd.Function):
+    """ΔW[a, b] = Σ_k c_k cos 2π(p_k a / out + q_k b / in) for c [n] at `places` [n], each p·in + q. Keeps nothing but the places.
 
-    Transforms of real signals hold the lower half of a spectrum. The upper half is the conjugate of the lower, mirrored:
-    a frequency q > in/2 is read at in − q, and one p > out/2 written at out − p.
-    """
-    with torch.inference_mode(False):
-        flat = permuted(n_out * n_in, count, seed)
-        p, q = flat // n_in, flat % n_in
-        rows, columns = torch.minimum(p, n_out - p), torch.minimum(q, n_in - q)
-        # Σ_b x_b e^{+2πi qb/in} is the conjugate of what the forward transform has at q
-        conjugated = (q == columns) != (p != rows)
-        once = (rows == 0) | (2 * rows == n_out)  # the others stand for a pair of frequencies
-        real = torch.where(once, 1.0, 0.5).double()
-        imaginary = torch.where(conjugated, -real, real)
-        height, width = 2 * (n_out // 2 + 1), 2 * (n_in // 2 + 1)
-        places = torch.cat([2 * rows * width + 2 * columns, (2 * rows + 1) * width + 2 * columns + 1])
-        sources = torch.arange(count, device="cpu").repeat(2)
-        return Parts.of(places, sources, torch.cat([real, imaginary]), height, width, device)
-
-
-class HalfSpectrum(torch.autograd.Function):
-    """The transform of a real x [..., n], lower half, real and imaginary parts in turn [..., 2 (n // 2 + 1)].
-
-    Its gradient is a transform to real numbers too; torch's own goes through a complex one of full length.
+    It is the real part of the transform of a real matrix, so half a spectrum tells all of it: what is at column b is, for
+    row a, what is at −b for −a. And the sum is the same with places and entries exchanged, which is its gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.length = x.shape[-1]
-        return torch.view_as_real(torch.fft.rfft(x)).flatten(-2)
+    def forward(ctx: Any, coefficients: Tensor, places: Tensor, n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
+        ctx.places, ctx.shape, ctx.dtype = places, (n_out, n_in), coefficients.dtype
+        wide = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))  # there are no transforms in shorter types
+        half = torch.fft.rfft2(wide.new_zeros(n_out * n_in).index_copy_(0, places, wide).view(n_out, n_in)).real
+        change = wide.new_empty(n_out, n_in, dtype=dtype)
+        width = half.shape[1]
+        change[:, :width] = half
+        mirrored = half[:, 1 : n_in - width + 1].flip(1)
+        change[:1, width:] = mirrored[:1]
+        change[1:, width:] = mirrored[1:].flip(0)
+        return change
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        half = torch.view_as_complex(gradient.unflatten(-1, (-1, 2)).contiguous()) * 0.5
-        half[..., 0] *= 2  # the others stand for a pair of frequencies
-        if ctx.length % 2 == 0:
-            half[..., -1] *= 2
-        return torch.fft.irfft(half, n=ctx.length, norm="forward")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        n_out, n_in = ctx.shape
+        half = torch.fft.rfft2(gradient.to(torch.promote_types(gradient.dtype, torch.float32))).real
+        p, q = ctx.places // n_in, ctx.places % n_in
+        beyond = q >= half.shape[1]
+        p, q = torch.where(beyond, -p % n_out, p), torch.where(beyond, n_in - q, q)
+        return half[p, q].to(ctx.dtype), None, None, None, None
 
 
 class Fourier(Frequency):
-    """ΔW[a, b] = s / (out·in) Σ_k c_k cos 2π(p_k a / out + q_k b / in). ΔWx is a transform of x, n products, and one back."""
+    """ΔW[a, b] = s / (out·in) Σ_k c_k cos 2π(p_k a / out + q_k b / in)."""
 
     start_std = 1.0
     leaf = "fourierft_spectrum"
@@ -220,19 +207,19 @@ class Fourier(Frequency):
     )
 
     def delta(self, W: Tensor | None) -> Tensor:
+        wide = torch.promote_types(self.coefficients.dtype, torch.float32)
+        return self.formed(wide, W)
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
         n_out, n_in = self.site.n_out, self.site.n_in
-        values = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
-        places = permuted(n_out * n_in, len(values), self.config.random_loc_seed).to(values.device)
-        E = values.new_zeros(n_out * n_in).index_copy(0, places, values).view(n_out, n_in)
-        return torch.fft.ifft2(E).real * self.config.scaling
+        places = permuted(n_out * n_in, len(self.coefficients), self.config.random_loc_seed).to(self.coefficients.device)
+        return Cosines.apply(self.coefficients * (self.config.scaling / (n_out * n_in)), places, n_out, n_in, dtype)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        n_out, n_in = self.site.n_out, self.site.n_in
-        parts = waves(n_out, n_in, len(self.coefficients), self.config.random_loc_seed, self.coefficients.device)
-        wide = torch.promote_types(x.dtype, torch.float32)  # there are no transforms in shorter types
-        values = parts.values(self.coefficients.to(wide) * (self.config.scaling / (n_out * n_in)))
-        changed = parts.entries(HalfSpectrum.apply(x.to(wide)), values).unflatten(-1, (-1, 2)).contiguous()
-        return torch.fft.irfft(torch.view_as_complex(changed), n=n_out, norm="forward").to(x.dtype)
+        return F.linear(x, self.formed(x.dtype, W))
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return True
 
 
 # ---------------------------------------------------------------- WaveFT
@@ -374,3 +361,10 @@ class Wave(Frequency):
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         entries, values = self.values()
         return entries(x, values)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return self.values()[0].pays_with_weight(x)
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        entries, values = self.values()
+        return entries.plus(x, base.stored(), base.bias(), values)

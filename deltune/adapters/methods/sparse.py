@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltune.adapters import draw
 from deltune.adapters.config import AdapterConfig
-from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.adapters.entries import Entries, by_magnitude, permuted, scattered
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -80,8 +80,6 @@ class SuperTuningConfig(AdapterConfig):
 class Sparse(Delta):
     """ΔW from `values` at `entries`. Unchanged at its start."""
 
-    widens = "sparse products are in no short type"
-
     def build(self) -> None:
         count = self.count()
         self.entries = Entries(self.site.n_out, self.site.n_in, count, self.site.device, persistent=True)
@@ -96,6 +94,12 @@ class Sparse(Delta):
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         return self.entries(x, self.values)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return self.entries.pays_with_weight(x)
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        return self.entries.plus(x, base.stored(), base.bias(), self.values)
 
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         super().from_file(tensors)
@@ -241,10 +245,15 @@ class SuperTuning(Sparse):
         return sparse if self.config.rank is None else sparse + self.scale * (self.lora_B @ self.lora_A)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        sparse = super().out(x, W)
+        return self.with_pair(super().out(x, W), x)
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        return self.with_pair(super().in_one(x, base), x)
+
+    def with_pair(self, y: Tensor, x: Tensor) -> Tensor:
         if self.config.rank is None:
-            return sparse
-        return sparse + F.linear(F.linear(x, self.lora_A.to(x.dtype)) * self.scale, self.lora_B.to(x.dtype))
+            return y
+        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)) * self.scale, self.lora_B.to(x.dtype))
 
     def leaves(self) -> dict[str, str]:
         pair = {"lora_A": "supertuning_lora_A.weight", "lora_B": "supertuning_lora_B.weight"}

@@ -288,7 +288,6 @@ C3A_STARTS = {"xavier": "xavier_uniform", "kaiming": "kaiming_uniform", "gaussia
 class C3a(Delta):
     """Block (m, n) of ΔW is circulant: entry (k, j) is w[m, n, (j − k) mod b] / in, with w [out/b, in/b, b]."""
 
-    widens = "Fourier transforms are in no short type"
     peft = PeftFormat(
         type="C3A",
         write=lambda config: {
@@ -329,15 +328,32 @@ class C3a(Delta):
                 self.c3a_kernel.copy_(draw.uniform(shape, (6 / (n_in + n_out)) ** 0.5, generator))
 
     def delta(self, W: Tensor | None) -> Tensor:
-        place = torch.arange(self.size, device=self.c3a_kernel.device)
-        blocks = self.c3a_kernel[:, :, (place - place.unsqueeze(1)) % self.size]  # [out/b, in/b, b, b]
-        return blocks.transpose(1, 2).reshape(self.site.n_out, self.site.n_in) / self.site.n_in
+        return Circulant.apply(self.c3a_kernel / self.site.n_in)
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
+        return Circulant.apply((self.c3a_kernel / self.site.n_in).to(dtype))
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        # y[k] = Σⱼ w[j − k] x[j] is a correlation: in frequencies a product with w's conjugate. At least float32, for
-        # transforms of shorter types exist for few sizes only.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parts = torch.fft.rfft(x.to(wide).reshape(-1, self.site.n_in // self.size, self.size))  # [tokens, in/b, f]
-        kernel = torch.fft.rfft(self.c3a_kernel.to(wide) / self.site.n_in).conj()
-        answer = torch.fft.irfft(torch.einsum("tnf,mnf->tmf", parts, kernel), n=self.size)
-        return answer.reshape(*x.shape[:-1], self.site.n_out)
+        return F.linear(x, self.formed(x.dtype, W))
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return True
+
+
+class Circulant(torch.autograd.Function):
+    """[m·b, n·b] from w [m, n, b], with w[m, n, (j − k) mod b] at entry (k, j) of block (m, n). No sum is formed by indices."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        m, n, b = ctx.sizes = w.shape
+        twice = torch.cat([w, w], -1)  # [m, n, 2b]: row b − 1 − k of a block is what begins at k + 1 there
+        rows = twice.as_strided((m, b, n, b), (2 * n * b, 1, 2 * b, 1), 1)
+        return rows.flip(1).reshape(m * b, n * b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        m, n, b = ctx.sizes
+        blocks = gradient.reshape(m, b, n, b)
+        twice = torch.cat([blocks, blocks], -1)  # [m, b, n, 2b]
+        # a step down and one to the right stay on the same number
+        return twice.as_strided((m, b, n, b), (2 * n * b * b, 2 * n * b + 1, 2 * b, 1)).sum(1)
