@@ -133,6 +133,8 @@ FROM_OTHER_TOOLS = {
     "early_stopping_patience": "eval.patience", "train_iters": "train.steps", "replace_modules": "adapter.targets",
     "batch_size_per_gpu": "train.micro_batch", "clip_grad_max_norm": "optim.max_grad_norm", "enable_list": "model.enable",
     "train_on_inputs": "data.train_on_source", "source_max_len": "data.max_source_length", "report_to": "log.sinks", "lr_decay_ratio": "schedule.floor",
+    "group_by_length": "data.batching", "packing": "data.batching", "sample_packing": "data.batching", "padding_free": "data.batching",
+    "neat_packing": "data.batching", "max_tokens_per_batch": "train.micro_batch_tokens",
     "per_gpu_train_batch_size": "train.micro_batch", "warmup_proportion": "schedule.warmup", "resume_from_checkpoint": "resume",
 }  # fmt: skip
 
