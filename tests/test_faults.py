@@ -215,7 +215,7 @@ def test_after_a_number_broke_a_stream_goes_on_at_the_step_that_was_not_made(tmp
 
     def loop_over_a_tape():
         loop = make_loop(tiny_model(), steps=5, every=100, folder=tmp_path)
-        loop.loader = Tape(loop.loader)
+        loop.loader.loader = Tape(loop.loader.loader)
         return loop
 
     loop = loop_over_a_tape()
@@ -225,7 +225,7 @@ def test_after_a_number_broke_a_stream_goes_on_at_the_step_that_was_not_made(tmp
         loop.run()
     again = loop_over_a_tape()
     assert again.resume() == []
-    assert (again.progress.step, again.loader.place) == (2, 2)
+    assert (again.progress.step, again.loader.loader.place) == (2, 2)
     assert again.run() == "completed"
 
 

@@ -68,6 +68,18 @@ def test_every_example_has_the_loss_and_gradient_of_a_padded_row(attention, orde
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
+def test_in_bfloat16_packed_rows_are_no_farther_from_float32_than_padded_ones(attention):
+    exact, short = model_with(attention), model_with(attention).bfloat16()
+    far = {"packed": [], "padded": []}
+    for seed in range(4):
+        items = examples(12, seed)
+        truth = gradients(exact, pad(items, PAD))
+        for name, batch in (("packed", join(items)), ("padded", pad(items, PAD))):
+            far[name].append((gradients(short, batch) - truth).norm() / truth.norm())
+    assert sum(far["packed"]) <= 1.1 * sum(far["padded"])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
 def test_other_tokens_in_one_document_do_not_move_the_losses_of_the_others_by_a_bit(attention):
     model, items = model_with(attention), examples()
     with torch.no_grad():
