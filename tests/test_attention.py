@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from deltune.models.attention import keeps_documents_apart, packed_inputs, register
+from deltune.models import causal
+from deltune.models.attention import _causal, dense_attention, keeps_documents_apart, packed_inputs, register
 from tests.architectures import KINDS, small
 
 LENGTHS = (9, 4, 1, 12)
@@ -115,3 +118,82 @@ def test_attention_that_is_not_told_of_documents_is_found():
     layer.forward = lambda *args, **kwargs: forward(*args, **{k: v for k, v in kwargs.items() if k not in ("attention_mask", "cu_seq_lens_q")}, attention_mask=None)
     assert told == ""
     assert "mixes the documents" in keeps_documents_apart(model)
+
+
+# -- the node -----------------------------------------------------------------------------------------------------
+
+
+def drawn(dtype, heads=(4, 2), length=33, rows=1, head=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, length, h, head, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for h in (*heads, heads[1])]
+
+
+def exactly(q, k, v, starts, scale):
+    """Each document by the formula, in float64."""
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    out = [dense_attention(*(t[:, :, a:b] for t in (q, k, v)), _causal(q[:, :, a:b], k[:, :, a:b]), scale)[0] for a, b in itertools.pairwise(starts)]
+    return torch.cat(out, 1), (q, k, v)
+
+
+def slopes_of(out, inputs):
+    return torch.autograd.grad((out * torch.cos(torch.arange(out.numel()).view_as(out)).to(out.dtype)).sum(), inputs)
+
+
+@pytest.mark.parametrize("starts", [(0, 33), (0, 5, 6, 30, 33)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("longest", [0, 10, 64])
+def test_the_node_is_the_formula(monkeypatch, starts, heads, block, longest):
+    monkeypatch.setattr(causal, "BLOCK", block)
+    monkeypatch.setattr(causal, "ROOM", 300)  # several rounds of heads
+    monkeypatch.setattr(causal, "LONGEST", {torch.float64: longest, torch.bfloat16: longest, torch.float32: longest})
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        inputs = drawn(dtype, heads, rows=2 if len(starts) == 2 else 1)
+        out = causal.attend(*inputs, starts, 0.3)
+        wanted, exact = exactly(*inputs, starts, 0.3)
+        near([out], [wanted], tolerance)
+        near(slopes_of(out, inputs), slopes_of(wanted, exact), tolerance)
+
+
+def test_the_node_is_no_farther_from_the_formula_in_bfloat16_than_torchs_kernel():
+    inputs = drawn(torch.bfloat16, heads=(4, 4), length=200, head=64)
+    wanted, exact = exactly(*inputs, (0, 200), 0.125)
+    wanted = slopes_of(wanted, exact)
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.125).transpose(1, 2)
+    assert causal.quicker(*inputs, (0, 200))
+
+    def distance(found):
+        one, other = (torch.cat([t.double().flatten() for t in ts]) for ts in (found, wanted))
+        return (one - other).norm()
+
+    assert distance(slopes_of(causal.attend(*inputs, (0, 200), 0.125), inputs)) <= 1.1 * distance(slopes_of(plain, inputs))
+
+
+def test_under_autocast_attention_is_in_the_short_type():
+    model = small("llama", "segment")
+    inputs = packed_inputs(LENGTHS, torch.device("cpu"))
+    exact = results(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = results(model, inputs)
+        model.set_attn_implementation("sdpa")
+        plain = results(model, inputs)
+    for ours, theirs, wanted in ((short[0], plain[0], exact[0]),):
+        assert (ours - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+def test_long_documents_and_other_types_are_left_to_torch():
+    q, k, v = drawn(torch.float32)
+    assert not causal.quicker(q, k, v, (0, 33))
+    assert causal.quicker(q, k, v, (0, 9, 33))
+    with torch.no_grad():
+        assert not causal.quicker(q, k, v, (0, 9, 33))
+    q, k, v = drawn(torch.bfloat16, length=600)
+    assert not causal.quicker(q, k, v, (0, 600))
+
+
+def test_a_packed_batch_with_a_cache_is_refused():
+    from deltune.errors import ModelError
+
+    model = small("llama", "segment")
+    with pytest.raises(ModelError, match="one row"):
+        model(**packed_inputs(LENGTHS, torch.device("cpu")) | {"input_ids": torch.ones(2, 26, dtype=torch.long), "position_ids": None})

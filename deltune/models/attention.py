@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltune.errors import ModelError
+from deltune.models import causal as node
 
 NAME = "segment"
 
@@ -176,6 +177,15 @@ def _by_document(
     dropout: float, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:
     """Each document by itself, in every row. `starts` counts along seq."""
+    kind = query.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # as torch's own attention does
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    longest = max(end - begin for begin, end in itertools.pairwise(starts))
+    if softcap is None and sinks is None and not dropout:
+        if causal and (window is None or window >= longest) and node.quicker(query, key, value, starts):
+            return node.attend(query, key, value, starts, scale)
+        if kind == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and len(starts) > 2 and query.shape[-1] == value.shape[-1] <= 256:
+            return _on_cuda(query, key, value, starts, longest, scale, causal, window)
     parts = []
     for begin, end in itertools.pairwise(starts):
         q, k, v = (t[:, :, begin:end] for t in (query, key, value))
@@ -190,6 +200,18 @@ def _by_document(
         )
         parts.append(out.transpose(1, 2))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], longest: int, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """A packed row by torch's variable-length kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor(starts, dtype=torch.int32, device=query.device)
+    sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, enable_gqa=k.shape[1] != q.shape[1])[None]
 
 
 def _causal(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
