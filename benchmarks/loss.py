@@ -25,7 +25,7 @@ CASES = [
     (1024, 768, 32000, torch.float32, False, None, False),
     (1024, 768, 32000, torch.float32, True, None, False),
     (1024, 768, 32000, torch.float32, False, None, True),
-    (256, 1024, 128256, torch.bfloat16, False, None, False),
+    (512, 1024, 128256, torch.bfloat16, False, None, False),
 ]
 
 

@@ -86,6 +86,7 @@ def check(model, bound=1e-6, batch=BATCH):
     expected, plainly = gradients_of(causal_lm_step, model, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 7 * described.vocab * 4)
+        patch.setattr(cross_entropy, "MIN_ROWS", 1)
         patch.setattr(head, "chunk_rows", lambda *_, **__: 7)
         loss, found = gradients_of(LossStep(described), model, batch)
     assert loss.dtype == torch.float32 and distance(loss, expected) <= bound
@@ -251,6 +252,9 @@ def test_an_adapted_head_gives_the_plain_step(family, method, settings):
     assert described.state == ("adapted" if plain_linear(layer) is None else "trained" if "modules_to_save" in settings else "frozen")
     if "modules_to_save" in settings:
         assert plain_linear(layer) is layer.adapters["default"]
+        hook = layer.register_forward_hook(lambda module, args, out: out)
+        assert plain_linear(layer) is None
+        hook.remove()
         with disabled(model):
             assert plain_linear(layer) is layer.base_layer
             assert distance(LossStep(described)(model, BATCH), causal_lm_step(model, BATCH)) <= 1e-6
@@ -315,6 +319,7 @@ def test_a_batch_without_trained_tokens_is_a_loss_of_zero_that_reaches_every_wei
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
 def test_no_tensor_holds_all_logits(targets, monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 8 * 5000 * 4)
+    monkeypatch.setattr(cross_entropy, "MIN_ROWS", 1)
     model = attach(tiny_model(vocab_size=5000), LoraConfig(rank=2, targets=targets)).requires_grad_(True)
     model.requires_grad_(False)
     for name, p in model.named_parameters():

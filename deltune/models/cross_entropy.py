@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of one chunk of logits. Fewer rows than this gives read the weight too often (see docs/loss.md).
+# Bytes of one chunk of logits, and the rows that it has in any case: with fewer the weight is read too often (docs/loss.md).
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+MIN_ROWS = 256
 # Bytes of the float32 block on which exponents are taken; on a CPU half of a core's second-level cache, for each thread.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 TILE_BYTES = 8 << 20  # of a weight's gradient that is made in a short type before it is added up in float32
@@ -99,7 +100,7 @@ def chunk_rows(weight: Tensor, dtype: torch.dtype, device: str, trained: bool = 
     """Rows in a chunk of logits. For a trained weight at least as many as it has columns: the chunk is then as large as
     the weight's gradient, which is there anyway, and has to be gone through the less often."""
     vocab, width = weight.shape
-    rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (vocab * dtype.itemsize))
+    rows = max(MIN_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (vocab * dtype.itemsize))
     return max(rows, width) if trained else rows
 
 
