@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SETTINGS = (
     "seed", "adapter.delta", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "optim.name", "optim.lr",
     "optim.weight_decay", "optim.max_grad_norm", "schedule.name", "schedule.warmup", "train.steps", "train.epochs",
-    "train.micro_batch", "train.accumulate", "data.mode", "data.template", "data.max_length", "engine.name", "engine.precision",
+    "train.micro_batch", "train.micro_batch_tokens", "train.accumulate", "data.batching", "data.mode", "data.template", "data.max_length", "engine.name", "engine.precision",
 )  # fmt: skip
 
 
@@ -153,6 +153,8 @@ def _settings(run: records.Records) -> str:
     for key in SETTINGS:
         section, _, name = key.rpartition(".")
         values = run.config.get(section) if section else run.config
+        if key == "train.micro_batch" and values and values.get("micro_batch_tokens"):
+            continue  # that one counts instead
         if values and values.get(name) is not None:
             # a count of tokens reads better with separators, a setting as it is typed
             found.append((key, str(values[name]) if isinstance(values[name], int) else values[name]))

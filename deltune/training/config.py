@@ -26,7 +26,7 @@ class EvalConfig:
 
     every: int | None = option(None, "Steps between evaluations; null evaluates at start and end only.", gt=0)
     at_start: bool = option(True, "Evaluate before the first step.")
-    micro_batch: int | None = option(None, "Examples in one forward pass; null takes train.micro_batch.", gt=0)
+    micro_batch: int | None = option(None, "Examples in one forward pass; null takes train.micro_batch, or fills train.micro_batch_tokens.", gt=0)
     exact_match: bool = option(False, "Also generate an answer to each evaluation prompt and compare.")
     max_new_tokens: int = option(64, "Longest generated answer.", gt=0, unit="tokens")
     samples: int = option(4, "Evaluation prompts answered before and after training, for the report.", ge=0)
