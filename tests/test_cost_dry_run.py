@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltune.adapters.attach import attach
+from deltune.adapters.fused import fuse
 from deltune.adapters.methods.lora import LoraConfig
 from deltune.models.dry_run import CostUnknown, _Account, dry_run
 from deltune.models.head import describe
@@ -54,7 +55,11 @@ def build(name, dtype, lora, device):
 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(configs()[name], dtype=dtype, attn_implementation="sdpa")
-    return attach(model, LoraConfig(rank=4)) if lora else model
+    if lora:
+        attach(model, LoraConfig(rank=4))
+    if lora == "fused":
+        fuse(model)
+    return model
 
 
 def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumulate=False, fast=True):
@@ -62,6 +67,7 @@ def with_numbers(model, *, padded=True, autocast=None, recompute=False, accumula
     step = LossStep(describe(model) if fast else None)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # as loading does
     model.train()
     ids = torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) % 200
     mask = torch.ones_like(ids)
@@ -88,6 +94,9 @@ MODES = [
     ("LoRA, whole logits", torch.bfloat16, True, {"fast": False}),
     ("LoRA, autocast", torch.float32, True, {"autocast": torch.bfloat16}),
     ("LoRA, recomputed", torch.bfloat16, True, {"recompute": True}),
+    ("LoRA in nodes", torch.bfloat16, "fused", {}),
+    ("LoRA in nodes, recomputed", torch.bfloat16, "fused", {"recompute": True}),
+    ("LoRA in nodes, autocast", torch.float32, "fused", {"autocast": torch.bfloat16}),
 ]
 
 
@@ -145,7 +154,7 @@ def test_recomputing_saves_memory_and_costs_one_more_forward():
     assert recomputed.peak_bytes < 0.6 * plain.peak_bytes
     # the head is not recomputed, and its states' gradient is made in the forward pass
     forward = sum(k.flops for k in plain.forward) - 8 * 127 * 4 * 64 * 203
-    assert forward < recomputed.flops - plain.flops < 1.1 * forward  # the embedding's output has a gradient now
+    assert 0.9 * forward < recomputed.flops - plain.flops <= forward  # a block ends with the last tensor that is asked for
 
 
 def test_the_model_is_left_as_it_was():

@@ -46,6 +46,10 @@ def shapes_of(run: Run) -> PreTrainedModel:
         from deltune.adapters.attach import attach
 
         attach(model, run.adapter)
+        if run.fast == "auto":
+            from deltune.adapters.fused import fuse
+
+            fuse(model)
     return model
 
 

@@ -9,7 +9,7 @@ Shapes: batch = examples, seq = tokens of the longest of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from deltune.errors import ModelError
 from deltune.models.head import Head, describe, summed_loss
+from deltune.models.recompute import apply as apply_recompute
 
 SMALL = 1 << 25  # bytes of the largest block that glibc keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 PARTS = ("gradients", "weight_copies", "activations", "logits")
@@ -63,12 +64,12 @@ class StepAccount:
 
 def dry_run(
     model: nn.Module, *, batch: int, seq: int, trained: int | None = None, padded: bool = True, device: str = "cpu",
-    autocast: torch.dtype | None = None, recompute: bool = False, accumulate: bool = False, fast: bool = True,
+    autocast: torch.dtype | None = None, recompute: str = "none", accumulate: bool = False, fast: bool = True,
 ) -> StepAccount:
     """The account of one micro-batch [batch, seq] through a Hugging Face causal language model on the meta device.
 
     `trained` tokens reach the output head (None: all). `padded` says that examples differ in length, so that attention
-    has a mask. `device` (its type) decides which attention kernel runs. `recompute` is gradient checkpointing, and
+    has a mask. `device` (its type) decides which attention kernel runs. `recompute` is a name of recompute.KINDS, and
     `accumulate` says that gradients of an earlier micro-batch are there already; `fast` that the loss is computed without
     logits where it can be. Raises CostUnknown, and ModelError where a model cannot recompute.
     """
@@ -83,12 +84,13 @@ def dry_run(
         parameter.grad = torch.empty_like(parameter) if accumulate else None
     was_training, use_cache = model.training, model.config.use_cache
     model.train()
-    if recompute:
-        _recompute(model, lambda: (nullcontext(), kernels()))
+    if recompute != "none":
+        apply_recompute(model, recompute, lambda: (nullcontext(), kernels()))
     try:
         with torch.device("meta"), account:
             account.hold(parameter.grad for parameter in parameters if parameter.grad is not None)
-            with kernels():
+            # autocast itself does nothing on the meta device, but nodes of our own ask for its type
+            with kernels(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device)
             account.forward_is_done()
             torch.autograd.backward([loss])
@@ -96,33 +98,14 @@ def dry_run(
         reason = str(error).strip().partition("\n")[0]
         raise CostUnknown(f"{type(model).__name__}: its cost cannot be told without its weights: {reason}") from None
     finally:
-        if recompute:
-            _no_recompute(model)
+        if recompute != "none":
+            apply_recompute(model, "none")
         model.train(was_training)
         model.config.use_cache = use_cache
         for parameter in parameters:
             parameter.grad = None
     forward = account.num_forward
     return StepAccount(dict(account.at_peak), account.small_at_peak, tuple(account.kernels[:forward]), tuple(account.kernels[forward:]))
-
-
-def _recompute(model: nn.Module, contexts: Callable[[], Any]) -> None:
-    settings = {"use_reentrant": False, "context_fn": contexts}
-    try:
-        if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 6 keeps
-            model.activation_checkpointing_enable(settings)
-        else:
-            model.gradient_checkpointing_enable(settings)
-    except ValueError:
-        raise ModelError(f"{type(model).__name__} cannot recompute activations. What fits: model.gradient_checkpointing=false") from None
-
-
-def _no_recompute(model: nn.Module) -> None:
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
-    model.disable_input_require_grads()  # which enabling has switched on
 
 
 def _summed_loss(model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str) -> Tensor:

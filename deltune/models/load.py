@@ -15,6 +15,7 @@ from deltune.errors import ModelError
 from deltune.log import logger
 from deltune.models import attention
 from deltune.models import folder as folders
+from deltune.models import recompute
 from deltune.models.config import ModelConfig
 from deltune.weights import sha256_of, sync
 
@@ -36,8 +37,8 @@ def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int =
     else:
         model = _read(architecture, folder, config, where)
     _choose_attention(model, config, where, fast)
-    if config.gradient_checkpointing:
-        _checkpoint_gradients(model, where)
+    if config.recompute in ("selective", "full"):
+        recompute.apply(model, config.recompute)
     return model.eval().to(device)
 
 
@@ -171,21 +172,6 @@ def _choose_attention(model: PreTrainedModel, config: ModelConfig, where: str, f
 
 def _dtype(name: str) -> torch.dtype | str:
     return {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _checkpoint_gradients(model: PreTrainedModel, where: str) -> None:
-    try:
-        # not re-entrant: the re-entrant form drops gradients where a block's input needs none, as under an adapter
-        if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 6 keeps
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    except ValueError:
-        raise ModelError(
-            f"{where}: {type(model).__name__} cannot recompute activations. "
-            "What fits: model.gradient_checkpointing=false"
-        ) from None
-    model.config.use_cache = False
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
