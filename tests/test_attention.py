@@ -66,6 +66,19 @@ def test_padded_batches_are_as_eager(name, padding):
     near(found[1], expected[1])
 
 
+@pytest.mark.parametrize("length", [4, 5, 6, 7])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "gpt_oss"])
+def test_a_window_begins_where_the_models_own_does(name, length):
+    model = small(name)
+    ids = torch.randint(3, 97, (2, 2 * length), generator=torch.Generator().manual_seed(1))
+    for inputs in ({"input_ids": ids[:, :length]}, packed_inputs((length, length), ids.device) | {"input_ids": ids[:1]}):
+        parts = inputs["input_ids"].split(length, dim=1)
+        model.set_attn_implementation("eager")
+        expected = torch.cat([model(input_ids=part, use_cache=False).logits for part in parts], 1)
+        model.set_attn_implementation("segment")
+        near([model(**inputs | {"use_cache": False}).logits], [expected])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_generation_is_as_eager(name):
     model = small(name)

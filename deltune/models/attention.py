@@ -178,8 +178,9 @@ def _by_document(
 ) -> Tensor:
     """Each document by itself, in every row. `starts` counts along seq."""
     kind = query.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # as torch's own attention does
-        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    where = "cpu" if kind == "meta" else kind  # a dry run stands for a real one
+    if torch.is_autocast_enabled(where):  # as torch's own attention does
+        query, key, value = (t.to(torch.get_autocast_dtype(where)) for t in (query, key, value))
     longest = max(end - begin for begin, end in itertools.pairwise(starts))
     if softcap is None and sinks is None and not dropout:
         if causal and (window is None or window >= longest) and node.quicker(query, key, value, starts):

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,12 @@ def make_lean(model: nn.Module) -> list[Lean]:
                 module.forward = LeanRotary(module)
             found.append(Lean(name, "rotary embedding", why_not))
     return found
+
+
+def told(found: list[Lean]) -> list[str]:
+    """A line for each kind of module: how many are nodes now, or why they are not."""
+    kinds = Counter((record.what, record.why_not) for record in found)
+    return [f"{count} x {what}: {why_not or 'one node each'}" for (what, why_not), count in kinds.items()]
 
 
 def undo(model: nn.Module) -> None:
