@@ -199,3 +199,15 @@ def test_help_of_a_verb_needs_no_torch(verb):
     done = subprocess.run([sys.executable, "-c", LIGHT.format(code=code)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert not {"torch", "hydra", "omegaconf", "transformers", "rich"} & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_public_names_bring_in_nothing_but_torch():
+    """Counted in modules, not in seconds: whoever imports deltune beside torch pays for deltune's own files alone."""
+    code = (
+        "import json, sys, torch; before = set(sys.modules); import deltune; [getattr(deltune, name) for name in deltune.__all__]; "
+        "new = set(sys.modules) - before; print(json.dumps([len(new), sorted({name.partition('.')[0] for name in new} - {'deltune', *sys.stdlib_module_names})]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    count, foreign = json.loads(done.stdout)
+    assert foreign == [] and count < 100
