@@ -50,6 +50,10 @@ def shapes_of(run: Run) -> PreTrainedModel:
             from deltune.adapters.fused import fuse
 
             fuse(model)
+    if run.fast == "auto":
+        from deltune.models.lean import make_lean
+
+        make_lean(model)
     return model
 
 

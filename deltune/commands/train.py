@@ -160,15 +160,23 @@ class Session:
 
             attach(model, run.adapter, seed=run.seed)
         self.model = self.engine.place(model)
-        if run.adapter is not None and self.fast:
-            from deltune.adapters.fused import fuse, told
-
-            for line in told(fuse(self.model)):
-                logger.info("adapters: %s", line)
+        if self.fast:
+            self.fuse()
         self.parameter_table = parameter_table(self.model)
         self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
         self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
+
+    def fuse(self) -> None:
+        """Norms, rotary embeddings and adapted layers in one node where they can be."""
+        from deltune.adapters import fused
+        from deltune.models import lean
+
+        for line in lean.told(lean.make_lean(self.model)):
+            logger.info("model: %s", line)
+        if self.run.adapter is not None:
+            for line in fused.told(fused.fuse(self.model)):
+                logger.info("adapters: %s", line)
 
     def build_loop(self) -> Loop:
         from functools import partial
