@@ -211,9 +211,10 @@ class Delta(Stored):
         return dense.plus(x, W, None if b is None else b.to(x.dtype), self.formed(x.dtype, W))
 
     def formed(self, dtype: torch.dtype, W: Tensor) -> Tensor:
-        """ΔW [out, in] in this type, for a forward pass. W is as it is stored. Override where a short type needs less than
-        all of it in float32."""
-        return self.delta(W).to(dtype)
+        """ΔW [out, in] in this type, for a forward pass. W is as it is stored. A product of factors is one of that type;
+        override where others of a short type need not be formed in float32 either."""
+        product = self.product() if dense.is_short(dtype) else None
+        return self.delta(W).to(dtype) if product is None else dense.product(product[0] * product[2], product[1], dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         """Whether `out` is a product with ΔW, which is formed for it, or for this many tokens would better be. Override
@@ -224,10 +225,11 @@ class Delta(Stored):
         """Whether ΔW is cheaper formed and joined to W than its factors are on x, by the multiplications of a step.
 
         `apart`: those that a token takes in the factors, forward and back. `forming`: those that ΔW takes, forward and
-        back. Joined, a token takes in·out besides, for the gradient of ΔW.
+        back. Joined, a token takes in·out besides, for the gradient of ΔW, and in a short type as much again for ΔW x.
         """
         tokens = x.numel() // max(1, x.shape[-1])
-        return tokens * self.site.n_in * self.site.n_out + forming < tokens * apart
+        joining = (2 if dense.is_short(x.dtype) else 1) * self.site.n_in * self.site.n_out
+        return tokens * joining + forming < tokens * apart
 
     def goes_in_one(self, x: Tensor) -> bool:
         """Whether the layer is computed as (W + ΔW) x, in one node and with fewer products, for ΔW is formed anyway: see dense.py."""

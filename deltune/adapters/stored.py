@@ -19,6 +19,19 @@ class Stored(nn.Module):
         """Names of the saved parameters and buffers, each to its name in the file."""
         raise NotImplementedError
 
+    def frozen(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A large buffer in this type. A copy is kept for as long as the buffer stays what it is: cast in each forward pass it
+        would cost a pass over it, and be held for the backward pass besides."""
+        buffer = self.get_buffer(name)
+        if buffer.dtype == dtype:
+            return buffer
+        copies = self.__dict__.setdefault("_copies", {})
+        state = (buffer._version, buffer.data_ptr(), buffer.device, dtype)
+        if name not in copies or copies[name][0] != state:
+            with torch.inference_mode(False):  # training may come after an evaluation
+                copies[name] = (state, buffer.detach().to(dtype))
+        return copies[name][1]
+
     def to_file(self) -> dict[str, Tensor]:
         """The tensors of the file by their leaf. Override with `from_file` where the file's form is another one."""
         state = self.state_dict()

@@ -87,7 +87,7 @@ def test_a_small_change_is_not_lost_in_a_short_weight():
 
 
 def answers(method, dtype, stored, *, apart=False):
-    """Output and gradients in float64 of a layer of whole bfloat16 numbers, in this type."""
+    """Output and gradients, of the input and of all parameters together, in float64, of a layer of whole bfloat16 numbers, in this type."""
     fields = FORMED[method]
     exact, _ = adapted(method, n_in=24, n_out=16, shake=0.1, dtype=torch.bfloat16, **fields)
     model = attach(layer(24, 16, dtype=torch.bfloat16).to(dtype), named(method, targets=["0"], **{**fields, "dtype": stored}))
@@ -99,10 +99,11 @@ def answers(method, dtype, stored, *, apart=False):
     x, back = (torch.randn(16000, width, generator=generator).bfloat16().to(dtype) for width in (24, 16))
     assert apart or wrappers(model)[0][1].adapters["default"].goes_in_one(x)
     y = model(x.requires_grad_())
-    return [t.detach().double() for t in (y, *torch.autograd.grad(y, [x, *trainable(model).values()], back))]
+    to_x, *others = torch.autograd.grad(y, [x, *trainable(model).values()], back)
+    return [t.detach().double() for t in (y, to_x, torch.cat([other.flatten() for other in others]))]
 
 
-@pytest.mark.parametrize("method", FORMED)
+@pytest.mark.parametrize("method", [method for method in FORMED if method != "randlora"])  # which then is never formed
 def test_in_a_short_type_it_is_no_farther_from_the_exact_one_than_the_two_apart(method):
     together, apart = answers(method, torch.bfloat16, "auto"), answers(method, torch.bfloat16, "auto", apart=True)
     for one, other, exact in zip(together, apart, answers(method, torch.float64, "auto"), strict=True):

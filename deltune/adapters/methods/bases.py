@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters import draw
+from deltune.adapters import dense, draw
 from deltune.adapters.bank import Bank, Projection
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
@@ -143,6 +143,8 @@ class RandLora(Delta):
         return (B, A, self.scale) if self.smallest == self.site.n_in else (A.T, B.T, self.scale)
 
     def forms_delta(self, x: Tensor) -> bool:
+        if dense.is_short(x.dtype):  # no faster there, and a rounded ΔW's gradient gives λ's twice the error
+            return False
         rank = self.n * self.config.rank
         apart = rank * (3 * self.smallest + 2 * self.largest)  # the larger factor is frozen
         return self.pays_to_form(x, apart=apart, forming=2 * rank * self.smallest * self.largest)

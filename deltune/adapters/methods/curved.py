@@ -133,7 +133,7 @@ class Factored(Ranked):
 # ---------------------------------------------------------------- on the entries of BA
 
 
-ROWS = 64  # of a change that are formed together: they stay in the cache through all steps that an entry takes
+ROWS = 128  # of a change that are formed together: they stay in the cache through all steps that an entry takes
 
 
 class EntrywiseOut(torch.autograd.Function):

@@ -157,23 +157,28 @@ class Frod(Delta):
         self.lambda_0.copy_(norms)
         self.U.copy_(torch.where(norms > 1e-12, scaled / norms, 0))
 
-    def core(self) -> Tensor:
-        """diag(λ − λ₀) + S [in, in]"""
+    def core(self, dtype: torch.dtype | None = None) -> Tensor:
+        """diag(λ − λ₀) + S [in, in], by default in the stored type."""
+        n = self.site.n_in
         rows, columns = self.joint.frod_s_indices
-        values = self.frod_lambda_s_values
-        S = torch.zeros(self.site.n_in, self.site.n_in, dtype=values.dtype, device=values.device)
-        return S.index_put((rows, columns), values, accumulate=True) + torch.diag(self.frod_lambda_l - self.lambda_0)
+        places = torch.cat([torch.arange(n, device=rows.device) * (n + 1), rows * n + columns])
+        values = torch.cat([self.frod_lambda_l - self.lambda_0, self.frod_lambda_s_values])
+        values = values if dtype is None else values.to(dtype)
+        return values.new_zeros(n * n).index_add(0, places, values).view(n, n)
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         return self.U, self.core() @ self.joint.frod_V.T, 1.0
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
+        return self.frozen("U", dtype) @ (self.core(dtype) @ self.joint.frozen("frod_V", dtype).T)
 
     def forms_delta(self, x: Tensor) -> bool:
         n_in, n_out = self.site.n_in, self.site.n_out
         return self.pays_to_form(x, apart=n_in * (5 * n_in + 2 * n_out), forming=2 * n_in**2 * (n_in + n_out))
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        z = F.linear(x, self.joint.frod_V.T.to(x.dtype))  # [..., in]
-        return F.linear(F.linear(z, self.core().to(x.dtype)), self.U.to(x.dtype))
+        z = F.linear(x, self.joint.frozen("frod_V", x.dtype).T)  # [..., in]
+        return F.linear(F.linear(z, self.core(x.dtype)), self.frozen("U", x.dtype))
 
     def lr_ratios(self) -> dict[str, float]:
         return {"frod_lambda_s_values": 0.1}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltune.adapters import dense
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.adapters.ranked import pattern_matches, value_for
@@ -147,6 +148,10 @@ class Osf(Delta):
         U, S, V = self.trained()
         # as in `out` two products, which cancel exactly where they are equal
         return (U * S) @ V - (self.U_first * self.S_first) @ self.V_first
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
+        U, S, V = self.trained()
+        return dense.product(U * S, V, dtype) - dense.product(self.U_first * self.S_first, self.V_first, dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         r, n_in, n_out = len(self.S_low), self.site.n_in, self.site.n_out

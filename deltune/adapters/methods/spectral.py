@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltune.adapters import draw
+from deltune.adapters import dense, draw
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
@@ -196,6 +196,10 @@ class Svft(Delta):
         if self.config.pattern == "plain":
             return self.svft_U * self.values(), self.svft_V, 1.0
         return self.svft_U @ self.middle(), self.svft_V, 1.0
+
+    def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
+        left = self.svft_U * self.values() if self.config.pattern == "plain" else dense.product(self.svft_U, self.middle(), dtype)
+        return dense.product(left, self.svft_V, dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         n, n_in, n_out = self.n, self.site.n_in, self.site.n_out
