@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow faults bench lint docs base-model clean
+.PHONY: demo test slow faults bench bench-gpu lint docs base-model clean
 
 demo: $(STAMP)
 	@$(BIN)/deltune train preset=demo
@@ -21,10 +21,13 @@ slow: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults
 
+# ours beside the peers, which get an environment of their own; 25 minutes on a quiet machine, on one thread
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.lora_step --dtype float32 --out benchmarks/results/lora_step_fp32.json
-	$(BIN)/python -m benchmarks.methods_step --out benchmarks/results/methods_step.json
-	$(BIN)/python -m benchmarks.lora_step --dtype bfloat16 --out benchmarks/results/lora_step_bf16.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite
+
+# the same on one CUDA card
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.suite --gpu
 
 # the pages that are generated from the code
 docs: $(STAMP)

@@ -1,0 +1,166 @@
+"""A result as JSON, a markdown table and plots. Every target's row says what was measured, what was asked, and whether it is met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import slope
+
+SLOPE_TARGET = 0.20  # MB of transient memory per token, without checkpointing
+
+
+def case_text(name: str, record: dict[str, Any]) -> str:
+    """A case for the console."""
+    lines = [f"== {name}: {record['title']} ({record.get('seconds', 0):.0f} s)"]
+    if "not_there" in record:
+        return f"{lines[0]}\n   {record['not_there']}"
+    for label, row in record["candidates"].items():
+        memory = f"  transient {row['transient_mb']:7.0f} MB" if row["transient_mb"] is not None else ""
+        mfu = f"  MFU {row['mfu']:.2f}" if row["mfu"] else ""
+        lines.append(f"   {label:24} {row['seconds_per_step']:8.3f} s/step  {row['useful_tokens_per_second']:8.0f} useful tokens/s{mfu}{memory}  first {row['first_step_seconds']:.2f} s")
+    lines += [f"   {target_text(row)}" for row in record["targets"]]
+    lines += [f"   absent: {label}: {reason}" for label, reason in record["absent"].items()]
+    lines += [f"   FAILED, the losses or results differ: {reason}" for reason in record["failed"]]
+    return "\n".join(lines)
+
+
+def target_text(row: dict[str, Any]) -> str:
+    sign = ">=" if row["at_least"] else "<="
+    found = "not measured" if row["measured"] is None else f"{row['measured']:.4g}"
+    return f"{row['ours']} {row['what']} vs {row['peer']}: {found} ({sign} {row['target']}: {met_text(row)})"
+
+
+def met_text(row: dict[str, Any]) -> str:
+    return {True: "met", False: "missed", None: "not measured"}[row["met"]]
+
+
+def slopes(cases: dict[str, Any]) -> dict[str, float]:
+    """MB per token of each candidate of the memory cases at several lengths; empty with fewer than two of them."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, record in cases.items():
+        if name.startswith("C6-"):
+            for label, row in record["candidates"].items():
+                if row["transient_mb"] is not None:
+                    points.setdefault(label, []).append((record["setting"]["micro_batch"] * record["setting"]["length"], row["transient_mb"]))
+    return {label: slope(found) for label, found in points.items() if len({x for x, _ in found}) > 1}
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(case, row of the table of targets), a case that failed its equality with its rows unmeasured."""
+    rows = []
+    for name, record in result["cases"].items():
+        for row in record["targets"]:
+            rows.append((name, row | {"measured": None, "met": None} if record["failed"] else row))
+    mine = slopes(result["cases"]).get("ours")
+    if mine is not None:
+        rows.append(("C6", {"what": "transient MB per token", "ours": "ours", "peer": "itself", "measured": mine, "target": SLOPE_TARGET, "at_least": False, "met": mine <= SLOPE_TARGET}))
+    return rows
+
+
+def summary(result: dict[str, Any]) -> str:
+    rows = rows_of(result)
+    failed = [name for name, record in result["cases"].items() if record["failed"]]
+    met, missed = (sum(row["met"] is value for _, row in rows) for value in (True, False))
+    text = f"{met} of {len(rows)} targets met, {missed} missed, {len(rows) - met - missed} not measured; {result['seconds']:.0f} s"
+    return text + (f"; FAILED equality: {', '.join(failed)}" if failed else "; all losses agree")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in (machine["versions"] | {f"peers' {k}": v for k, v in result["peers"].items()}).items())
+    lines = [
+        f"# Benchmark ({result['suite']}{', toy sizes: proves that it runs, measures nothing' if result['toy'] else ''})", "", summary(result) + ".", "",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {', '.join(machine['features']) or 'no features read'}, {machine['system']}, "
+        f"Python {machine['python']}; {versions}; commit {machine['commit']}; load before {result['load_before']}, after {result['load_after']}; "
+        f"matrix products at {', '.join(f'{v:.0f} GFLOP/s ({k})' for k, v in result['gemm_gflops'].items()) or 'not measured'}. One thread a candidate; times are CPU seconds"
+        f"{' or seconds of CUDA events' if result['suite'] == 'gpu' else ''}, medians over rounds shuffled; tokens without padding.", "",
+        "| case | what | ours | against | measured | target | |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in rows_of(result):
+        sign = ">=" if row["at_least"] else "<="
+        found = "" if row["measured"] is None else f"{row['measured']:.3g}"
+        lines.append(f"| {name} | {row['what']} | {row['ours']} | {row['peer']} | {found} | {sign} {row['target']} | {met_text(row)} |")
+    for name, record in result["cases"].items():
+        lines += ["", f"## {name}: {record['title']}", ""]
+        if "not_there" in record:
+            lines.append(record["not_there"])
+            continue
+        if record["candidates"]:
+            setting = record["setting"]
+            lines += [f"{setting['dtype']}, {setting['micro_batch']} x {setting['length']}, rank {setting['rank']}, {setting['rounds']} rounds of {setting['steps']} step(s); {record.get('seconds', 0):.0f} s.", "",
+                      "| candidate | s/step | useful tokens/s | MFU | transient MB | first step s | before it s | loss differs by |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for label, row in record["candidates"].items():
+            apart = record.get("loss_distance", {}).get(label)
+            cells = [f"{row['seconds_per_step']:.3f}", f"{row['useful_tokens_per_second']:.0f}", _cell(row["mfu"], ".2f"), _cell(row["transient_mb"], ".0f"),
+                     f"{row['first_step_seconds']:.2f}", _cell(row["before_first_step_seconds"], ".1f"), _cell(apart, ".1e")]  # fmt: skip
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines += [f"\nAbsent: {label}: {reason}" for label, reason in record["absent"].items()]
+        lines += [f"\n**Failed**: {reason}" for reason in record["failed"]]
+    found = slopes(result["cases"])
+    if found:
+        lines += ["", "Transient MB per token: " + ", ".join(f"{label} {value:.3f}" for label, value in found.items()) + "."]
+    lines += ["", "Not there: " + "; ".join(f"{name} ({why})" for name, why in result["not_there"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """suite.json, suite.md and the plots; a toy or a card's run has names of its own."""
+    name = "suite" + ("_gpu" if result["suite"] == "gpu" else "") + ("_toy" if result["toy"] else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(result), encoding="utf-8")
+    plots(result, folder, name)
+
+
+def plots(result: dict[str, Any], folder: Path, name: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [(f"{case}  {row['peer']}", row) for case, row in rows_of(result) if row["what"] == "speed" and row["measured"] is not None]
+    if bars:
+        figure, axes = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
+        axes.barh([label for label, _ in bars], [row["measured"] for _, row in bars], color=["#3a7" if row["met"] else "#c63" for _, row in bars])
+        for at, (_, row) in enumerate(bars):
+            axes.plot([row["target"]] * 2, [at - 0.4, at + 0.4], color="black")
+        axes.invert_yaxis()
+        axes.set_xlabel("useful tokens/s, ours over the peer's (black: target)")
+        _save(figure, folder / f"{name}_speed.png")
+    for prefix, file, quantity in (("C6-", "length", "transient_mb"), ("rank-", "rank", "useful_tokens_per_second")):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        chosen = {k: r for k, r in result["cases"].items() if k.startswith(prefix) or (prefix == "rank-" and k == "C1")}
+        for record in chosen.values():
+            for label, row in record["candidates"].items():
+                if row[quantity] is not None and (prefix == "C6-" or label in ("ours", "peft")):
+                    lines.setdefault(label, []).append((record["setting"][file], row[quantity]))
+        if any(len(found) > 1 for found in lines.values()):
+            figure, axes = plt.subplots(figsize=(7, 4))
+            for label, found in lines.items():
+                axes.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
+            axes.set_xlabel(file)
+            axes.set_ylabel({"transient_mb": "transient memory (MB)"}.get(quantity, "useful tokens/s"))
+            axes.set_ylim(bottom=0)
+            axes.legend()
+            _save(figure, folder / f"{name}_{file}.png")
+    memory = result["cases"].get("C6", {}).get("candidates", {})
+    if memory:
+        figure, axes = plt.subplots(figsize=(8, 3.5))
+        axes.barh(list(memory), [row["transient_mb"] for row in memory.values()], color="#47a")
+        axes.invert_yaxis()
+        axes.set_xlabel("transient memory of a step (MB)")
+        _save(figure, folder / f"{name}_memory.png")
+
+
+def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

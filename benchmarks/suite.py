@@ -1,0 +1,300 @@
+"""The benchmark that cannot flatter: ours and the peers alternate in one run, and no time counts before their losses agree.
+
+    python -m benchmarks.suite                        every CPU case, one thread, within 25 minutes (make bench)
+    python -m benchmarks.suite --cases C1,C3 --rounds 5
+    python -m benchmarks.suite --gpu [--toy]          the cases of one CUDA card (make bench-gpu); --toy: at toy size on the CPU
+
+Each candidate is a process of its own. They all do the equality steps first, then turns in an order shuffled every round.
+Exit code 1 if losses differ somewhere; a target that is missed is a row of the table, not a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, parts, peers, report
+from benchmarks.cases import CPU, GPU, NOT_THERE, PARTS, Case
+from benchmarks.measure import Candidate, Timed, distance, ratio, unequal, verdict
+from benchmarks.pipe import CALM, RETURNS_MEMORY, Fault, Process
+from benchmarks.work import even_rows, lognormal_rows, make_model, real_rows, write_rows
+
+OUT = Path(__file__).parent / "results"
+CARD_PEAK = 989e12  # FLOP/s of an H200 in dense bfloat16, by its data sheet
+FIRST_PATIENCE = 600.0  # seconds; a compiled model's first step takes minutes
+
+
+class Suite:
+    """One run: models made once, cases one after the other."""
+
+    def __init__(self, *, toy: bool, cuda: bool, rounds: int | None):
+        self.toy, self.cuda, self.rounds = toy, cuda, rounds
+        self.scratch = tempfile.TemporaryDirectory(prefix="bench-")
+        self.models: dict[tuple, Path] = {}
+        self.peaks: dict[tuple[str, str], float] = {}
+
+    def close(self) -> None:
+        self.scratch.cleanup()
+
+    def run(self, name: str, case: Case) -> dict[str, Any]:
+        """A case's record: table of candidates, rows of targets, what is absent, why it failed if it did."""
+        began = time.perf_counter()
+        case = case.toy() if self.toy else case
+        case = replace(case, rounds=self.rounds) if self.rounds else case
+        record: dict[str, Any] = {"title": case.title, "failed": [], "absent": {}, "candidates": {}, "targets": []}
+        record["setting"] = {"dtype": case.dtype, "micro_batch": case.micro_batch, "length": case.length, "rows": case.rows, "rank": case.rank, "rounds": case.rounds, "steps": case.steps}
+        try:
+            rows_folder = self.rows(name, case)
+        except FileNotFoundError:
+            return {**record, "not_there": f"no {case.rows} rows on this machine: only lognormal lengths were measured"}
+        model = self.model(case)
+        present = {}
+        for label, candidate in case.candidates.items():
+            reason = None if candidate.kind == "ours" else peers.absent("liger" if candidate.spec.get("liger") else candidate.kind)
+            if reason:
+                record["absent"][label] = reason
+            else:
+                present[label] = candidate
+        groups = [list(present)]
+        if case.pairwise:
+            mine = [label for label in present if label == "ours"]
+            groups = [[*mine, label] for label in present if label not in mine] or [mine]
+        timed: dict[str, Timed] = {}
+        targets: dict[int, float | None] = {}
+        for group in groups:
+            measured = self.measure(case, {label: present[label] for label in group}, model, rows_folder, record)
+            for number, target in enumerate(case.targets):
+                if target.what != "mfu" and {target.ours, target.peer} <= set(measured):
+                    targets[number] = ratio(target, measured)
+            timed |= measured
+        self.judge(case, present, timed, targets, self.reference(case, present, model, rows_folder, record), record)
+        record["seconds"] = time.perf_counter() - began
+        return record
+
+    # -- what they work on --------------------------------------------------------------------------------------
+
+    def model(self, case: Case) -> Path:
+        """The folder of the case's model with the starts of every adapter that its candidates name."""
+        key = (case.shape, case.rank)
+        if key not in self.models:
+            folder = Path(self.scratch.name) / f"model{len(self.models)}"
+            folder.mkdir()
+            make_model(folder, case.shape, "bfloat16", case.device)
+            self.models[key] = folder
+        folder = self.models[key]
+        wanted = {c.spec.get("adapter", "lora") for c in case.candidates.values()}
+        missing = sorted(kind for kind in wanted if not (folder / f"adapter-{kind}").exists())
+        if missing:
+            words = [sys.executable, "-m", "benchmarks.candidates.ours", str(folder), str(case.rank), *missing]
+            subprocess.run(words, check=True, env={**os.environ, **CALM}, capture_output=True)
+        return folder
+
+    def rows(self, name: str, case: Case) -> Path:
+        folder = Path(self.scratch.name) / f"rows-{name}"
+        count = case.micro_batch * (case.equality_steps + case.rounds * case.steps)
+        if case.rows == "even":
+            rows = even_rows(count, case.length, case.shape.vocab)
+        elif case.rows == "lognormal":
+            rows = lognormal_rows(count, case.shape.vocab, case.length)
+        else:
+            rows = real_rows(case.rows, count, case.shape.vocab, case.length)
+        folder.mkdir(exist_ok=True)
+        write_rows(folder, rows)
+        return folder
+
+    def start(self, label: str, candidate: Candidate, case: Case, model: Path, rows: Path) -> Process:
+        spec = {"folder": str(model), "rows": str(rows), "dtype": case.dtype, "micro_batch": case.micro_batch, "length": case.length,
+                "rank": case.rank, "adapter": "lora", "device": case.device, "memory": case.memory}  # fmt: skip
+        for key, value in candidate.spec.items():
+            spec[key.removesuffix("_override")] = value
+        python = sys.executable if candidate.kind == "ours" else str(peers.PYTHON)
+        log = Path(self.scratch.name) / f"{label.replace(' ', '-').replace(',', '')}.log"
+        return Process(
+            [python, "-m", "benchmarks.candidates.run", candidate.kind, json.dumps(spec)], log, patience=FIRST_PATIENCE,
+            environment=RETURNS_MEMORY if case.memory else None,
+        )  # fmt: skip
+
+    # -- turns --------------------------------------------------------------------------------------------------
+
+    def measure(self, case: Case, candidates: dict[str, Candidate], model: Path, rows: Path, record: dict[str, Any]) -> dict[str, Timed]:
+        """Equality steps, then rounds. A candidate that breaks is absent with its own message; ours makes the case fail."""
+        timed: dict[str, Timed] = {}
+        processes: dict[str, Process] = {}
+
+        def broke(label: str, fault: Fault) -> None:
+            timed.pop(label, None)
+            processes.pop(label).end()
+            record["absent"][label] = str(fault)
+            if candidates[label].kind == "ours":
+                record["failed"].append(f"{label}: {fault}")
+
+        try:
+            for label, candidate in candidates.items():  # all at once: they load while the first is heard
+                processes[label] = self.start(label, candidate, case, model, rows)
+            for label in candidates:
+                try:
+                    timed[label] = Timed(before_first_step=processes[label].hear().get("before_first_step"))
+                    for number in range(case.equality_steps):
+                        answer = processes[label].steps(1)
+                        timed[label].losses += answer["losses"]
+                        if number == 0:
+                            timed[label].first_seconds = answer["cpu"]
+                except Fault as fault:
+                    broke(label, fault)
+            chance = random.Random(0)
+            for _ in range(case.rounds):
+                for label in chance.sample(list(processes), len(processes)):
+                    try:
+                        answer = processes[label].steps(case.steps)
+                    except Fault as fault:
+                        broke(label, fault)
+                        continue
+                    one = timed[label]
+                    one.seconds.append(answer["cpu"])
+                    one.wall.append(answer["wall"])
+                    one.tokens.append(answer["tokens"] or case.micro_batch * case.length * case.steps)
+                    if answer["transient"] is not None:
+                        one.transient.append(answer["transient"])
+        finally:
+            for process in processes.values():
+                process.end()
+        return timed
+
+    def reference(self, case: Case, present: dict[str, Candidate], model: Path, rows: Path, record: dict[str, Any]) -> list[float] | None:
+        """The peer's losses in float32 over the equality steps."""
+        if not case.reference or "peft" not in present or case.dtype == "float32":
+            return None
+        process = self.start("reference", present["peft"], replace(case, dtype="float32", memory=False), model, rows)
+        try:
+            process.hear()
+            losses = process.steps(case.equality_steps)["losses"]
+            record["reference_losses"] = losses
+            return losses
+        except Fault as fault:
+            record["absent"]["float32 reference"] = str(fault)
+            return None
+        finally:
+            process.end()
+
+    # -- what comes of it ---------------------------------------------------------------------------------------
+
+    def peak(self, case: Case) -> float:
+        key = (case.dtype, case.device)
+        if key not in self.peaks:
+            self.peaks[key] = machine.gemm_flops(case.dtype, case.device)
+        return self.peaks[key]
+
+    def judge(self, case: Case, present: dict, timed: dict[str, Timed], targets: dict, reference: list[float] | None, record: dict) -> None:
+        losses = {label: one.losses for label, one in timed.items()}
+        record["failed"] += unequal(present, losses, case.dtype, reference)
+        for label, candidate in present.items():
+            if label in losses and candidate.equal_to in losses and candidate.equal_to != label and losses[label]:
+                record.setdefault("loss_distance", {})[label] = distance(losses[label], losses[candidate.equal_to])
+        if reference and "peft" in losses:
+            record["peer_distance_to_float32"] = distance(losses["peft"], reference)
+        flops = case.shape.flops_per_token(case.length if case.rows == "even" else 118, case.rank)
+        for label, one in timed.items():
+            whole = present[label].spec.get("adapter") != "half"  # half the layers are less work than the formula says
+            record["candidates"][label] = one.row(flops if whole else 0.0, self.peak(case), case.steps)
+        for number, target in enumerate(case.targets):
+            value = targets.get(number)
+            if target.what == "mfu" and target.ours in timed:
+                value = record["candidates"][target.ours]["mfu"] * self.peak(case) / CARD_PEAK
+            record["targets"].append(verdict(target, value))
+
+
+def run_part(name: str, rounds: int | None, toy: bool, results: dict[str, Any]) -> dict[str, Any]:
+    """C9, C10, C11 or C14 as a record like a case's."""
+    began = time.perf_counter()
+    record: dict[str, Any] = {"title": TITLES[name], "failed": [], "absent": {}, "candidates": {}, "targets": []}
+    try:
+        if name == "C9":
+            record["targets"], record["detail"] = parts.methods(rounds or 3, toy)
+        elif name == "C10":
+            record["targets"], record["detail"] = parts.pissa_rows(toy)
+        elif name == "C11":
+            record["targets"], record["detail"] = parts.merge_rows(toy)
+        else:
+            record["targets"], record["detail"] = parts.startup_rows(results.get("C1", {}).get("candidates", {}))
+    except ValueError as fault:  # two results that should be equal are not
+        record["failed"].append(str(fault))
+    except subprocess.CalledProcessError as fault:
+        record["absent"]["all"] = (str(fault.stderr or fault).strip().splitlines() or ["no message"])[-1]
+    record["seconds"] = time.perf_counter() - began
+    return record
+
+
+TITLES = {
+    "C9": "every method of the catalogue beside our LoRA", "C10": "PiSSA's start on 4096 x 4096",
+    "C11": "merging 405 M adapted weights in bf16", "C14": "import, first step",
+}  # fmt: skip
+
+
+def chosen(words: str | None, known: list[str]) -> list[str]:
+    """The cases that are named; C5 and C6 stand for all of theirs. Raises SystemExit at a name that means nothing."""
+    if not words:
+        return known
+    picked = []
+    for word in words.split(","):
+        found = [name for name in known if name == word or name.startswith(word + "-")]
+        if not found and word not in NOT_THERE:
+            raise SystemExit(f"--cases: no case {word!r}; there are {', '.join(known)}")
+        picked += found
+    return picked
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", help="names with commas; without it every one")
+    parser.add_argument("--rounds", type=int, help="of every case, in place of its own number")
+    parser.add_argument("--gpu", action="store_true", help="the cases of one CUDA card")
+    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU: shows that all works, measures nothing")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(words)
+    cases = GPU if options.gpu else CPU
+    known = list(cases) if options.gpu else sorted([*cases, *PARTS], key=_order)
+    names = chosen(options.cases, known)
+    if options.gpu and not options.toy:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit("--gpu needs a CUDA card; --toy tries the same cases at toy size on the CPU")
+    os.environ.update(CALM)
+    peers.install(cuda=options.gpu and not options.toy)
+    result: dict[str, Any] = {
+        "suite": "gpu" if options.gpu else "cpu", "toy": options.toy, "machine": machine.describe(options.gpu), "peers": peers.versions(),
+        "load_before": machine.load(), "cases": {}, "not_there": {k: v for k, v in NOT_THERE.items() if k.startswith("G") == options.gpu},
+    }  # fmt: skip
+    suite = Suite(toy=options.toy, cuda=options.gpu, rounds=options.rounds)
+    began = time.perf_counter()
+    try:
+        for name in names:
+            print(f"{name}: {TITLES[name] if name in PARTS else cases[name].title} ...", flush=True)
+            record = run_part(name, options.rounds, options.toy, result["cases"]) if name in PARTS else suite.run(name, cases[name])
+            result["cases"][name] = record
+            print(report.case_text(name, record), flush=True)
+            result |= {"seconds": time.perf_counter() - began, "load_after": machine.load(),
+                       "gemm_gflops": {" ".join(k): v / 1e9 for k, v in suite.peaks.items()}}  # fmt: skip
+            report.write(result, options.out)  # as they come: a run that is cut short leaves what it has
+    finally:
+        suite.close()
+    print(report.summary(result))
+    return 1 if any(record["failed"] for record in result["cases"].values()) else 0
+
+
+def _order(name: str) -> tuple[int, str]:
+    number = name[1:].split("-")[0]
+    return (int(number) if number.isdigit() else 99, name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

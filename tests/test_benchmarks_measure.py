@@ -1,0 +1,126 @@
+"""The benchmark's judgement: ratios within rounds, verdicts, equality of loss, and what a result says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import report
+from benchmarks.cases import CPU, GPU, PARTS
+from benchmarks.measure import Candidate, Target, Timed, ratio, slope, unequal, verdict
+from benchmarks.suite import chosen
+from benchmarks.work import Shape
+
+PAIR = {"ours": Candidate("ours"), "peft": Candidate("peft")}
+
+
+def timed(*seconds: float, tokens: int = 100, transient: int = 0) -> Timed:
+    return Timed(list(seconds), list(seconds), [tokens] * len(seconds), [transient] * len(seconds))
+
+
+def test_a_ratio_is_the_median_of_ratios_within_rounds():
+    # the medians alone would say 2.0 / 2.0: a slow round must slow both
+    both = {"ours": timed(1.0, 2.0, 4.0), "peft": timed(1.5, 3.0, 2.0)}
+    assert ratio(Target("speed", "ours", "peft", 1.0), both) == pytest.approx(1.5)
+    assert ratio(Target("time", "ours", "peft", 1.0), both) == pytest.approx(1 / 1.5)
+
+
+def test_speed_counts_useful_tokens():
+    both = {"ours": timed(1.0, tokens=100), "peft": timed(1.0, tokens=200)}
+    assert ratio(Target("speed", "ours", "peft", 1.0), both) == pytest.approx(0.5)
+
+
+def test_a_missing_peer_is_not_measured_and_not_met():
+    target = Target("speed", "ours", "litgpt", 1.3)
+    assert ratio(target, {"ours": timed(1.0)}) is None
+    assert verdict(target, None)["met"] is None
+
+
+@pytest.mark.parametrize(("what", "value", "met"), [("speed", 1.3, True), ("speed", 1.29, False), ("time", 1.3, True), ("transient", 1.31, False)])
+def test_a_bound_is_held_on_its_own_side(what, value, met):
+    assert verdict(Target(what, "ours", "peft", 1.3), value)["met"] is met
+
+
+def test_float32_losses_are_equal_to_a_hundred_thousandth():
+    assert not unequal(PAIR, {"ours": [1.0, 2.0], "peft": [1.0, 2.00001]}, "float32")
+    (complaint,) = unequal(PAIR, {"ours": [1.0, 2.0], "peft": [1.0, 2.0001]}, "float32")
+    assert "ours and peft differ by 5.0e-05" in complaint
+
+
+def test_bf16_losses_may_be_twice_as_far_as_the_peer_is_from_float32():
+    losses = {"ours": [1.05], "peft": [1.0]}
+    assert unequal(PAIR, losses, "bfloat16")
+    assert unequal(PAIR, losses, "bfloat16", reference=[0.99])
+    assert not unequal(PAIR, losses, "bfloat16", reference=[0.97])
+
+
+@pytest.mark.parametrize("losses", [[], [1.0], [math.nan, 1.0]])
+def test_losses_that_are_missing_or_not_numbers_are_unequal(losses):
+    assert unequal(PAIR, {"ours": losses, "peft": [1.0, 1.0]}, "bfloat16")
+
+
+def test_other_work_is_not_held_to_the_same_loss():
+    assert not unequal({**PAIR, "ours": Candidate("ours", equal_to=None)}, {"ours": [9.0], "peft": [1.0]}, "float32")
+
+
+def test_slope_is_that_of_the_line():
+    assert slope([(256, 130.0), (1024, 514.0), (2048, 1026.0)]) == pytest.approx(0.5)
+
+
+def test_every_target_names_candidates_of_its_case():
+    for name, case in {**CPU, **GPU}.items():
+        for target in case.targets:
+            assert target.ours in case.candidates, name
+            assert target.peer in case.candidates or target.what == "mfu", name
+        for candidate in case.candidates.values():
+            assert candidate.equal_to is None or candidate.equal_to in case.candidates, name
+
+
+def test_a_case_stands_for_all_of_its_own_and_a_wrong_name_is_refused():
+    known = [*CPU, *PARTS]
+    assert chosen("C5", known) == ["C5", "C5-gsm8k", "C5-alpaca"]
+    assert chosen("C1", known) == ["C1"]
+    with pytest.raises(SystemExit, match="no case 'C99'"):
+        chosen("C99", known)
+
+
+def test_the_work_of_a_step_is_the_formula():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape(hidden=64, layers=2, inter=96, vocab=128, heads=4, kv_heads=2)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False))
+    linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert shape.matmul_parameters == sum(w.numel() for w in linear)
+    assert shape.adapter_parameters(3) == sum(3 * sum(w.shape) for w in linear if w.shape[0] != 128)
+
+
+def made(failed: list[str]) -> dict:
+    row = Timed([1.0], [1.0], [100], [5], [2.0], 1.5, 0.1).row(1e9, 1e12, 1)
+    record = {
+        "title": "a case", "failed": failed, "absent": {"litgpt": "does not import"}, "candidates": {"ours": row, "peft": row},
+        "targets": [verdict(Target("speed", "ours", "peft", 1.3), 1.4)], "seconds": 1.0,
+        "setting": {"dtype": "bfloat16", "micro_batch": 2, "length": 16, "rank": 4, "rounds": 1, "steps": 1},
+    }  # fmt: skip
+    machine = {"processor": "a processor", "features": [], "cores": 2, "system": "Linux", "python": "3", "versions": {}, "commit": None}
+    return {"suite": "cpu", "toy": False, "machine": machine, "peers": {}, "load_before": [0], "load_after": [0], "seconds": 1.0,
+            "gemm_gflops": {}, "not_there": {"C7": "why"}, "cases": {"C1": record}}  # fmt: skip
+
+
+def test_a_result_says_what_was_met_and_what_was_absent(tmp_path):
+    report.write(made([]), tmp_path)
+    text = (tmp_path / "suite.md").read_text()
+    assert "| C1 | speed | ours | peft | 1.4 | >= 1.3 | met |" in text
+    assert "litgpt: does not import" in text
+    assert "C7 (why)" in text
+    assert json.loads((tmp_path / "suite.json").read_text())["cases"]["C1"]["targets"][0]["met"] is True
+    assert (tmp_path / "suite_speed.png").stat().st_size > 1000
+
+
+def test_a_case_whose_losses_differ_meets_nothing():
+    result = made(["ours and peft differ by 1.0e+00"])
+    assert "FAILED equality: C1" in report.summary(result)
+    assert "| C1 | speed | ours | peft |  | >= 1.3 | not measured |" in report.markdown(result)
