@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -17,10 +18,14 @@ from deltune.data.pack import join
 from deltune.evaluation.lm import evaluate_by_source
 from deltune.models import cross_entropy, head
 from deltune.models.cross_entropy import Tail
+from deltune.models.dry_run import dry_run
 from deltune.models.head import describe, plain_linear
 from deltune.training.loss import LossStep, causal_lm_step
 from tests.adapted import shaken
 from tests.synthetic import Rows
+from tests.test_cost_dry_run import BATCH as BATCH_SIZE
+from tests.test_cost_dry_run import SEQ, with_numbers
+from tests.test_cost_dry_run import build as of
 from tests.test_loss import Largest, distance
 from tests.tiny import tiny_model
 
@@ -165,6 +170,7 @@ CHANGES = {
     "cut": (lambda z, _: z[..., :200], "more .* than to scale it and cap it"),
     "scaled by a tensor": (lambda z, m: z * m.inner.model.norm.weight[0], "more .* than to scale it and cap it"),
     "called twice": (lambda z, m: z + 0 * m.inner.lm_head(torch.zeros(1, 1, 32)), "calls its output layer 2 times"),
+    "masked unseen": (lambda z, _: (z.detach().numpy()[..., 3].fill(-1e4), z)[1], "does not give the logits that it returns"),
     "negated in place": (lambda z, _: z[:, 1:].neg_() is z or z, "writes into its logits by neg_"),
     "scaled in place": (lambda z, _: z.mul_(2.0).div_(8.0).tanh().mul(3.0), ""),
     "made elsewhere": (lambda z, _: torch.ones_like(z), "more .* than to scale it and cap it"),
@@ -332,6 +338,27 @@ def test_no_tensor_holds_all_logits(targets, monkeypatch):
     with Largest() as seen:
         evaluate_by_source(model, [BATCH], head=described)
     assert seen.numel <= max(8 * 5000, 5000 * 32)
+
+
+@pytest.mark.parametrize("settings", [dict(targets=["lm_head"]), dict(modules_to_save=["lm_head"])], ids=str)
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_a_step_without_numbers_accounts_for_an_adapted_head(settings, dtype, autocast):
+    found, real = (
+        account(attach(of("llama", dtype, False, device), LoraConfig(rank=4, **settings)), autocast=autocast)
+        for device, account in (("meta", partial(dry_run, batch=BATCH_SIZE, seq=SEQ)), ("cpu", with_numbers))
+    )
+    assert found.peak_bytes == pytest.approx(sum(real.at_peak.values()), abs=4 * 8 * BATCH_SIZE * SEQ)  # tensors of indices
+    assert found.flops == sum(kernel.flops for kernel in real.kernels)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
+def test_what_is_held_of_logits_does_not_grow_with_the_rows(targets, monkeypatch):
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(cross_entropy, "MIN_ROWS", 8)
+    with torch.device("meta"):
+        model = attach(tiny_model(vocab_size=5000), LoraConfig(rank=2, targets=targets))
+    few, many = (dry_run(model, batch=1, seq=65, trained=trained).peak_bytes for trained in (16, 64))
+    assert many - few < 8 * 5000 * 4  # not even one chunk
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def linear_scores(
 
 
 def cross_entropy_of(z: Tensor, targets: Tensor, tail: Tail = Tail()) -> Tensor:
-    """The same of a head's output that is there already, as a scalar; its gradient takes the place of a copy of it."""
+    """The same of a head's output that is there already, as a scalar; what is kept is its gradient."""
     return _CrossEntropy.apply(z, targets, tail, torch.is_grad_enabled() and z.requires_grad)
 
 
@@ -145,23 +145,29 @@ class _CrossEntropy(torch.autograd.Function):
         made = z.detach().clone()
         ctx.lift = LIFT.get(z.dtype, 1.0)
         losses, _ = _score_(made, targets, tail, gradient=needed, lift=ctx.lift)
-        ctx.gradients = (made,) if needed else None
+        if needed:
+            ctx.save_for_backward(made)  # and not as an attribute, which a checkpoint around this would not let go
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (made,) = _once(ctx)
-        return made.mul_(gradient / ctx.lift), None, None, None
+        _first_only()
+        (made,) = ctx.saved_tensors
+        return made * (gradient / ctx.lift), None, None, None
 
 
 def _once(ctx: Any) -> tuple[Tensor | None, ...]:
     """The gradients that the forward pass has made. They are scaled in place and given away, so there is no second time."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a loss that was computed in chunks has no second derivative. What fits: fast=off")
+    _first_only()
     if ctx.gradients is None:
         raise RuntimeError("the gradient of a loss that was computed in chunks can be taken only once: compute the loss anew")
     made, ctx.gradients = ctx.gradients, None
     return made
+
+
+def _first_only() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("a loss that was computed in chunks has no second derivative. What fits: fast=off")
 
 
 class _WeightGradient:

@@ -9,7 +9,7 @@ Shapes: batch = examples, seq = tokens of the longest of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +91,7 @@ def dry_run(
             account.hold(parameter.grad for parameter in parameters if parameter.grad is not None)
             # autocast itself does nothing on the meta device, but nodes of our own ask for its type
             with kernels(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-                loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device)
+                loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device, kernels)
             account.forward_is_done()
             torch.autograd.backward([loss])
     except (NotImplementedError, RuntimeError) as error:
@@ -108,12 +108,20 @@ def dry_run(
     return StepAccount(dict(account.at_peak), account.small_at_peak, tuple(account.kernels[:forward]), tuple(account.kernels[forward:]))
 
 
-def _summed_loss(model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str) -> Tensor:
+def _summed_loss(model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str, kernels: Callable[[], Any]) -> Tensor:
     """The loss by the function that training computes it with, of so many trained tokens, wherever they are."""
     ids, mask = torch.zeros(batch, seq, dtype=torch.long), torch.ones(batch, seq, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     rows, targets = torch.arange(trained), torch.zeros(trained, dtype=torch.long)
-    return summed_loss(model, head, inputs, rows, targets, device=device)
+    return summed_loss(model, head, inputs, rows, targets, device=device, contexts=lambda: (nullcontext(), kernels()))
+
+
+def peak_bytes_of(model: nn.Module, action: Callable[[], None]) -> int:
+    """Bytes of the tensors that an action with numbers holds at its worst moment, beside the model's own."""
+    account = _Account(model)
+    with account:
+        action()
+    return sum(account.at_peak.values())
 
 
 class _Account(TorchDispatchMode):

@@ -10,7 +10,7 @@ Shapes: ids [batch, seq]; states [batch, seq, width], or [rows, width] of the ro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from deltune.errors import ModelError
 from deltune.log import logger
@@ -265,11 +265,13 @@ def states_before_head(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def summed_loss(
-    model: nn.Module, head: Head | None, inputs: Mapping[str, Any], rows: Tensor, targets: Tensor, *, device: str | None = None
+    model: nn.Module, head: Head | None, inputs: Mapping[str, Any], rows: Tensor, targets: Tensor, *,
+    device: str | None = None, contexts: Callable[[], Any] = noop_context_fn,
 ) -> Tensor:
     """Σ −log p(target) of these rows, a scalar: in chunks as the head is described, or plainly without a description.
 
-    `device` is the type of device whose chunk sizes are taken, where the model is on the meta device.
+    For a model on the meta device: `device` is the type of device whose chunk sizes are taken, and `contexts` gives what is
+    entered around a chunk's forward pass and its recomputation, as torch.utils.checkpoint has it.
     """
     if head is None or head.why_not:
         return F.cross_entropy(logits_of(model, inputs, rows).float(), targets, reduction="sum")
@@ -285,7 +287,7 @@ def summed_loss(
     num_rows = chunk_rows(layer.weight, states.dtype, device or states.device.type)
     # a module of any kind: what it computes of a chunk is computed again for its gradient, so that none is kept
     losses = [
-        checkpoint(of_chunk, chunk, wanted, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(chunk, wanted)
+        checkpoint(of_chunk, chunk, wanted, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else of_chunk(chunk, wanted)
         for chunk, wanted in zip(states.split(num_rows), targets.split(num_rows), strict=True)
     ]
     return torch.stack(losses).sum()
