@@ -234,8 +234,10 @@ class Trained:
     def problems(self) -> list[str]:
         found = list(_revision_rule(self.model))
         for key in ("enable", "disable", "gradient_checkpointing"):
-            if getattr(self.model, key):
+            if getattr(self.model, key) not in ([], "auto"):
                 found.append(f"model.{key} has no effect: nothing is trained here")
+        if self.engine.compile:
+            found.append("engine.compile has no effect: nothing is trained here")
         return found
 
 
@@ -447,7 +449,7 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     stated["adapter"] = _only_if_there(folder / "adapter") if run.result == "adapter" else None
     taken: dict[str, dict[str, Any]] = {"model": asdict(run.model), "engine": {"precision": run.engine.precision}}
     # what only training reads has no meaning here
-    taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": False, "start": "pretrained"}
+    taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": "auto", "start": "pretrained"}
     if run.result == "adapter" and run.model.start == "random":
         raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
     if run.result == "model":

@@ -247,7 +247,7 @@ def test_a_run_of_the_whole_model_gives_its_exported_model(finished):
     folder = finished("full", "model=owner/base", "model.revision=abc", "adapter=null", "model.enable=[x]", "model.gradient_checkpointing=true")
     chat = load(ChatSettings, [f"run={folder}"])
     assert (chat.model.path, chat.model.revision, chat.adapter) == (str(folder / "model"), None, None)
-    assert chat.model.enable == [] and not chat.model.gradient_checkpointing
+    assert chat.model.enable == [] and chat.model.gradient_checkpointing == "auto"
 
 
 def test_an_adapter_folder_is_taken_as_it_is(finished):

@@ -89,13 +89,13 @@ MODES = [
     ("full", torch.float32, False, {}),
     ("full, no padding", torch.float32, False, {"padded": False}),
     ("full, second micro-batch", torch.float32, False, {"accumulate": True}),
-    ("full, autocast, recomputed", torch.float32, False, {"autocast": torch.bfloat16, "recompute": True}),
+    ("full, autocast, recomputed", torch.float32, False, {"autocast": torch.bfloat16, "recompute": "full"}),
     ("LoRA", torch.bfloat16, True, {}),
     ("LoRA, whole logits", torch.bfloat16, True, {"fast": False}),
     ("LoRA, autocast", torch.float32, True, {"autocast": torch.bfloat16}),
-    ("LoRA, recomputed", torch.bfloat16, True, {"recompute": True}),
+    ("LoRA, recomputed", torch.bfloat16, True, {"recompute": "full"}),
     ("LoRA in nodes", torch.bfloat16, "fused", {}),
-    ("LoRA in nodes, recomputed", torch.bfloat16, "fused", {"recompute": True}),
+    ("LoRA in nodes, recomputed", torch.bfloat16, "fused", {"recompute": "full"}),
     ("LoRA in nodes, autocast", torch.float32, "fused", {"autocast": torch.bfloat16}),
 ]
 
@@ -150,7 +150,7 @@ def test_memory_grows_evenly_with_the_batch(device):
 
 def test_recomputing_saves_memory_and_costs_one_more_forward():
     model = build("llama", torch.bfloat16, True, "meta")
-    plain, recomputed = (dry_run(model, batch=8, seq=128, recompute=flag) for flag in (False, True))
+    plain, recomputed = (dry_run(model, batch=8, seq=128, recompute=kind) for kind in ("none", "full"))
     assert recomputed.peak_bytes < 0.6 * plain.peak_bytes
     # the head is not recomputed, and its states' gradient is made in the forward pass
     forward = sum(k.flops for k in plain.forward) - 8 * 127 * 4 * 64 * 203
@@ -159,7 +159,7 @@ def test_recomputing_saves_memory_and_costs_one_more_forward():
 
 def test_the_model_is_left_as_it_was():
     model = build("llama", torch.float32, True, "meta").eval()
-    dry_run(model, batch=2, seq=16, recompute=True, accumulate=True, autocast=torch.float16)
+    dry_run(model, batch=2, seq=16, recompute="full", accumulate=True, autocast=torch.float16)
     assert all(p.grad is None for p in model.parameters())
     assert not model.training and model.config.use_cache
     assert not any(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))

@@ -135,8 +135,8 @@ def test_less_memory_means_smaller_batches_then_recomputing_then_a_warning(write
         monkeypatch.setattr(estimate, "free_memory", lambda device, free=free: 1.001 * free / init.MEMORY_SHARE)
         text, run = write(file, model=shape)
         assert run.train.micro_batch * run.train.accumulate == 16
-        found.append((run.train.micro_batch, run.model.gradient_checkpointing, "BEWARE" in text))
-    assert (plenty.train.micro_batch, plenty.model.gradient_checkpointing) == (16, False)
+        found.append((run.train.micro_batch, run.model.recompute == "full", "BEWARE" in text))
+    assert (plenty.train.micro_batch, plenty.model.gradient_checkpointing) == (16, "auto")
     assert found[0] == (4, False, False) and found[1][1:] == (True, False) and found[2] == (1, True, True)
 
 

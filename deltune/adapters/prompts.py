@@ -123,7 +123,7 @@ def refuse_recomputing(host: nn.Module) -> None:
     if any(layer.gradient_checkpointing for layer in host.modules() if hasattr(layer, "gradient_checkpointing")):
         raise AdapterError(
             "a prefix lives in the cache, and recomputed layers are not given one, so it would have no effect in training. "
-            "What fits: model.gradient_checkpointing=false, or a method whose prompt is at the input"
+            "What fits: model.gradient_checkpointing=none, or a method whose prompt is at the input"
         )
 
 

@@ -19,6 +19,7 @@ from deltune.engines.precision import AUTOCAST
 from deltune.errors import AdapterError, ModelError
 from deltune.models.cost import Speed, arithmetic, device_speed
 from deltune.models.dry_run import dry_run
+from deltune.models.recompute import KINDS
 from deltune.optim.build import MOMENTS, state_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from deltune.settings import Run
 
+SHARE = 0.9  # of the free memory, which recomputation is chosen to stay below
 ON_DEVICE = 5e8  # CUDA's context and libraries, about; the allocator does not count them
 
 
@@ -92,7 +94,7 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
     """The largest micro-batch of the run: `shapes.size` examples, one of them the longest there is."""
     account = dry_run(
         model, batch=shapes.size, seq=shapes.longest, trained=shapes.most_trained, padded=shapes.padding > 0,
-        device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name), recompute=run.model.gradient_checkpointing,
+        device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name), recompute=recompute_meant(run),
         accumulate=run.train.accumulate > 1, fast=run.fast == "auto",
     )  # fmt: skip
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -104,6 +106,27 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
     else:
         parts["device context, about"] = ON_DEVICE
     return Memory(parts, float(account.small_bytes) if device.type == "cpu" and sys.platform == "linux" else 0.0)
+
+
+def recompute_meant(run: Run) -> str:
+    """The setting; auto is none here, and `settle_recompute` tells what it comes to."""
+    return "none" if run.model.recompute == "auto" else run.model.recompute
+
+
+def settle_recompute(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: torch.device) -> Run:
+    """The run with auto replaced by what training would choose where this much memory is free, as far as the account tells."""
+    if run.model.recompute != "auto":
+        return run
+    for kind in KINDS:
+        changed = replace(run, model=replace(run.model, gradient_checkpointing=kind))
+        try:
+            if memory_of(changed, model, shapes, device).most <= SHARE * free_memory(device):
+                return changed
+        except ModelError:
+            break
+    else:
+        return changed
+    return replace(run, model=replace(run.model, gradient_checkpointing="none"))
 
 
 def held_now() -> float:
@@ -159,12 +182,18 @@ def _smaller_batches(run: Run) -> Iterator[tuple[str, Run]]:
 
 
 def _recomputing(run: Run) -> Iterator[tuple[str, Run]]:
-    if run.model.gradient_checkpointing:
+    if run.model.recompute == "full":
         return
-    changed, words = replace(run, model=replace(run.model, gradient_checkpointing=True)), "model.gradient_checkpointing=true"
+    if run.model.recompute in ("auto", "none"):
+        yield _recomputed(run, "selective")
+    words, changed = _recomputed(run, "full")
     yield words, changed
     for more, smaller in _smaller_batches(changed):
         yield f"{words} {more}", smaller
+
+
+def _recomputed(run: Run, kind: str) -> tuple[str, Run]:
+    return f"model.gradient_checkpointing={kind}", replace(run, model=replace(run.model, gradient_checkpointing=kind))
 
 
 def _lighter_weights(run: Run) -> Iterator[tuple[str, Run]]:
@@ -207,7 +236,7 @@ def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatche
     account = dry_run(
         model, batch=shapes.size, seq=seq, trained=max(1, min(round(shapes.trained), shapes.size * (seq - 1))),
         padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name),
-        recompute=run.model.gradient_checkpointing, fast=run.fast == "auto",
+        recompute=recompute_meant(run), fast=run.fast == "auto",
     )  # fmt: skip
     speed = device_speed(device, {arithmetic(meant(run, model, device).name, p.dtype) for p in model.parameters()})
     moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written

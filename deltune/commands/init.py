@@ -250,7 +250,7 @@ def values_of(seen: Seen, limit: int, micro_batch: int, accumulate: int, recompu
     held_out = {"eval": ["bundled"]} if seen.data_path == "bundled" else {"eval_size": min(HELD_OUT, num_examples // 20)}
     every = max(1, epochs * steps_of_an_epoch // 6)
     return {
-        "model": {"path": seen.model_path, "gradient_checkpointing": recompute},
+        "model": {"path": seen.model_path, "gradient_checkpointing": "full" if recompute else "auto"},
         "data": {
             "train": [seen.data_path], **held_out, "mode": seen.mode, "max_length": limit,
             "on_bad": "skip" if seen.num_lost else "stop", "batching": "auto",
@@ -285,7 +285,10 @@ def starter(seen: Seen, choice: Choice) -> Iterator[str]:
         yield f"# needs about {needed}" if choice.fits else f"# BEWARE: needs about {needed}: deltune plan names settings that fit"
     yield "\nmodel:"
     yield from lines(v["model"], {
-        "gradient_checkpointing": "activations are computed twice rather than kept: less memory, more time",
+        "gradient_checkpointing": {
+            "auto": "activations are computed twice (selective, full) only where they do not fit the memory",
+            "full": "activations are computed twice rather than kept: less memory, more time",
+        }[v["model"]["gradient_checkpointing"]],
     })  # fmt: skip
     yield "  # dtype: bfloat16             # half the memory of float32 weights"
     yield "\ndata:"

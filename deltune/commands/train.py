@@ -160,7 +160,11 @@ class Session:
 
             attach(model, run.adapter, seed=run.seed)
         self.model = self.engine.place(model)
-        if self.fast:
+        if run.engine.compile:
+            from deltune.models.compiled import compile_blocks
+
+            logger.info("%s", compile_blocks(self.model, self.engine.device))
+        elif self.fast:
             self.fuse()
         self.parameter_table = parameter_table(self.model)
         self.head = described(self.model) if self.fast else None
@@ -256,7 +260,9 @@ class Session:
             self.before = json.loads(before_file.read_text(encoding="utf-8"))
         if run.resume == "must" and loop.progress.step == 0:
             raise CheckpointError(f"{run.folder}: resume=must, but no checkpoint is whole: " + "; ".join(complaints))
-        loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step)
+        self.settle_recompute(loop)
+        described = loop.info.description | {"recompute": {"kind": loop.progress.recompute, "reason": self.recompute_reason}}
+        loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step, description=described)
         for callback in self.callbacks:
             callback.on_start(loop.info)
         for complaint in complaints:
@@ -265,6 +271,25 @@ class Session:
             loop.event(f"resumed after step {loop.progress.step}")
         if self.before["metrics"] and not self.before_is_told():
             self.tell_before()
+
+    def settle_recompute(self, loop: Loop) -> None:
+        """Which blocks recompute their activations: as the checkpoint has it, else as asked for, or by a trial."""
+        from deltune.commands import recompute
+        from deltune.models.recompute import apply
+        from deltune.optim.build import state_bytes
+
+        if loop.progress.recompute:
+            self.recompute_reason = "as in the checkpoint"
+            apply(self.model, loop.progress.recompute)
+        else:
+            run, device = self.run, self.engine.device
+            batch, small = recompute.trial_batches(run, self.data.train, self.batching.packed, self.tokenizer.pad_token_id)
+            chosen = recompute.settle(
+                run, self.model, self.engine, forward_step=loop.forward_step, own_step=self.forward_step is not None, batch=batch,
+                small=small, state_bytes=state_bytes(loop.parameters, run.optim), free=recompute.free_for_one(device),
+            )  # fmt: skip
+            loop.progress.recompute, self.recompute_reason = chosen.kind, chosen.reason
+        logger.info("activations recomputed: %s (%s)", loop.progress.recompute, self.recompute_reason)
 
     def measure_before(self) -> dict[str, Any]:
         from deltune.training.storage import write_json

@@ -296,7 +296,8 @@ def _exactly(kind: Any, value: Any) -> bool:
     container = typing.get_origin(kind) or kind
     if dataclasses.is_dataclass(container):
         return isinstance(value, (container, Mapping))
-    return type(value) is container
+    # on a command line a truth value is a word, and no text means the same
+    return type(value) is container or (container is bool and value in ("true", "false"))
 
 
 def _takes_mapping(hint: Any) -> bool:

@@ -23,4 +23,13 @@ class ModelConfig:
     attention: str = option("auto", "Attention implementation; auto is segment (this program's own) where the model can run it, else transformers' choice.", choices=ATTENTION)
     enable: list[str] = option([], "Without an adapter: train only parameters whose name matches one of these patterns (* and ? match any text).")
     disable: list[str] = option([], "Without an adapter: freeze parameters whose name matches one of these patterns; wins over enable.")
-    gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass: less memory, about a third more work.")
+    gradient_checkpointing: bool | str = option(
+        "auto", "Blocks whose activations are computed again in the backward pass rather than kept: none, half of them "
+        "(selective) or all (full, also written true); auto takes the first that fits the memory, by a measured micro-batch.",
+        choices=("auto", "none", "selective", "full", True, False),
+    )  # fmt: skip
+
+    @property
+    def recompute(self) -> str:
+        """`gradient_checkpointing` by its name."""
+        return {True: "full", False: "none"}.get(self.gradient_checkpointing, str(self.gradient_checkpointing))

@@ -13,9 +13,8 @@ import torch
 
 from deltune.errors import ModelError
 from deltune.log import logger
-from deltune.models import attention
+from deltune.models import attention, recompute
 from deltune.models import folder as folders
-from deltune.models import recompute
 from deltune.models.config import ModelConfig
 from deltune.weights import sha256_of, sync
 

@@ -42,6 +42,7 @@ class Progress:
     best_metric: float | None = None
     evals_without_gain: int = 0
     num_nonfinite: int = 0
+    recompute: str = ""  # which blocks recompute their activations, a name of models.recompute.KINDS; kept for the whole run
     skip_steps: list[int] = field(default_factory=list)  # given up by a rollback; run through without an update
     loss_chain: str = hashlib.sha256(b"deltune").hexdigest()  # grows with every step's loss and gradient norm
 
