@@ -14,6 +14,7 @@ class EngineConfig:
     name: str = option("single", "Engine.")
     device: str = option("auto", "Device; auto takes CUDA, then Apple's MPS, then the CPU.", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "Arithmetic of the forward pass: fp32 computes in the weights' own type, bf16 and fp16 under autocast. auto, for float32 weights where the device multiplies bfloat16 fast: bf16, and below an adapter the frozen weights are stored so; for bfloat16 weights where it does not: stored in float32; else fp32. model.dtype keeps a type.", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = option(False, "Have torch.compile turn the model's repeated blocks into machine code at the first step of training, which takes a minute or more. Adapters then run in their plain forms.")
     threads: int | None = option(None, "CPU threads of one process; null leaves torch's choice.", gt=0)
     deterministic: bool = option(True, "Ask torch for deterministic kernels where it has them.")
 
