@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltune.models import causal
-from deltune.models.attention import _causal, dense_attention, keeps_documents_apart, packed_inputs, register
+from deltune.models.attention import _causal, _on_cuda, dense_attention, keeps_documents_apart, packed_inputs, register
 from tests.architectures import KINDS, small
 
 LENGTHS = (9, 4, 1, 12)
@@ -210,3 +210,31 @@ def test_a_packed_batch_with_a_cache_is_refused():
     model = small("llama", "segment")
     with pytest.raises(ModelError, match="one row"):
         model(**packed_inputs(LENGTHS, torch.device("cpu")) | {"input_ids": torch.ones(2, 26, dtype=torch.long), "position_ids": None})
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal_rows", [True, False])
+def test_torchs_kernel_for_packed_rows_on_cuda_is_called_as_it_documents(monkeypatch, window, causal_rows):
+    """Its arguments as its documentation has them, computed by the formula: the kernel itself wants a GPU."""
+    from torch.nn.attention import varlen
+
+    def by_the_documentation(q, k, v, bounds_q, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa and bounds_q.dtype == torch.int32 and max_q == max_k == 20 and torch.equal(bounds_q, bounds_k)
+        out = []
+        for a, b in itertools.pairwise(bounds_q.tolist()):
+            at = torch.arange(b - a)
+            back = at[:, None] - at
+            left, right = (float("inf") if side < 0 else side for side in window_size)
+            mask = (back <= left) & (-back <= right)
+            one = [t[a:b].transpose(0, 1)[None] for t in (q, k, v)]
+            out.append(dense_attention(*one, mask, scale)[0][0])
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_the_documentation)
+    window = window if causal_rows else None
+    q, k, v = (t.detach() for t in drawn(torch.float64))
+    bounds = (0, 5, 6, 26, 33)
+    found = _on_cuda(q, k, v, torch.tensor(bounds), 20, 0.3, causal_rows, window)
+    parts = [[t[:, :, a:b] for t in (q, k, v)] for a, b in itertools.pairwise(bounds)]
+    wanted = [dense_attention(*part, _causal(*part[:2], window) if causal_rows else None, 0.3)[0] for part in parts]
+    near([found], [torch.cat(wanted, 1)], 1e-12)

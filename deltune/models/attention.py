@@ -141,7 +141,7 @@ def segment_attention(
             starts = (0, length)
         if starts is not None:
             window = None if rule is None else rule.window
-            return _by_document(query, key, value, starts, scale, causal, window, dropout, softcap, s_aux), None
+            return _by_document(query, key, value, starts, cu_seq_lens_q, scale, causal, window, dropout, softcap, s_aux), None
     mask = rule.dense() if rule is not None else attention_mask
     if starts is not None:
         mask = _apart(mask, starts, causal, query)
@@ -173,10 +173,10 @@ def _starts(cu_seq_lens: Tensor | None, query: Tensor, key: Tensor) -> tuple[int
 
 
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], scale: float, causal: bool, window: int | None,
-    dropout: float, softcap: float | None, sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], bounds: Tensor | None, scale: float, causal: bool,
+    window: int | None, dropout: float, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:
-    """Each document by itself, in every row. `starts` counts along seq."""
+    """Each document by itself, in every row. `starts` counts along seq; `bounds` are the same numbers on the device, if any."""
     kind = query.device.type
     where = "cpu" if kind == "meta" else kind  # a dry run stands for a real one
     if torch.is_autocast_enabled(where):  # as torch's own attention does
@@ -185,8 +185,8 @@ def _by_document(
     if softcap is None and sinks is None and not dropout:
         if causal and (window is None or window >= longest) and node.quicker(query, key, value, starts):
             return node.attend(query, key, value, starts, scale)
-        if kind == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and len(starts) > 2 and query.shape[-1] == value.shape[-1] <= 256:
-            return _on_cuda(query, key, value, starts, longest, scale, causal, window)
+        if kind == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and bounds is not None and query.shape[-1] == value.shape[-1] <= 256:
+            return _on_cuda(query, key, value, bounds, longest, scale, causal, window)
     parts = []
     for begin, end in itertools.pairwise(starts):
         q, k, v = (t[:, :, begin:end] for t in (query, key, value))
@@ -204,12 +204,12 @@ def _by_document(
 
 
 def _on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], longest: int, scale: float, causal: bool, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """A packed row by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor(starts, dtype=torch.int32, device=query.device)
+    bounds = bounds.to(torch.int32)
     sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head]
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, enable_gqa=k.shape[1] != q.shape[1])[None]
