@@ -144,3 +144,18 @@ def test_a_weight_that_is_not_finite_is_named(settings):
 
     with pytest.raises(NumericsError, match=r"model\.norm\.weight"):
         deltune.train(settings, forward_step=forward_step)
+
+
+def test_a_run_computes_its_loss_without_logits_unless_fast_is_off(settings, monkeypatch):
+    from deltune.models import cross_entropy
+
+    calls = []
+    forward = cross_entropy._LinearCrossEntropy.forward
+    monkeypatch.setattr(cross_entropy._LinearCrossEntropy, "forward", staticmethod(lambda *args: calls.append(1) or forward(*args)))
+    found = {}
+    for fast in ("auto", "off"):
+        calls.clear()
+        outcome = deltune.train(settings | {"name": fast, "fast": fast, "data.batching": "padded", "train.steps": 3})
+        found[fast] = (len(calls), outcome.metrics_after["loss"], outcome.metrics_after["token_accuracy"])
+    assert found["auto"][0] >= 3 and found["off"][0] == 0  # a trial step may come before the first
+    assert found["auto"][1:] == pytest.approx(found["off"][1:], rel=1e-4)
