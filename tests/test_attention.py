@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from deltune.models import causal
-from deltune.models.attention import _causal, _on_cuda, dense_attention, keeps_documents_apart, packed_inputs, register
+from deltune.models.attention import (
+    _causal,
+    _on_cuda,
+    dense_attention,
+    keeps_documents_apart,
+    packed_inputs,
+    register,
+)
 from tests.architectures import KINDS, small
 
 LENGTHS = (9, 4, 1, 12)
