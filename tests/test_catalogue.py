@@ -26,7 +26,7 @@ def test_every_method_has_a_row_with_every_cell_filled(page):
     assert rows.keys() == METHODS.keys()
     for name, row in rows.items():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
-        assert len(cells) == 9 and all(cells), name
+        assert len(cells) == 10 and all(cells), name
 
 
 def test_loras_count_is_the_papers(page):

@@ -13,7 +13,7 @@ from deltune.adapters.config import METHODS, Method, named
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
-MEASURED = ROOT / "benchmarks" / "results" / "methods_step.json"
+MEASURED = {dtype: ROOT / "benchmarks" / "results" / f"methods_step_{dtype}.json" for dtype in ("bfloat16", "float32")}
 
 INTRO = """\
 # Methods
@@ -26,7 +26,7 @@ Legend: W is a layer's frozen weight, out×in; x its input; ΔW what the method 
 - **Merges**: whether ΔW can be folded into W, so that the adapted model costs nothing more.
 - **PEFT**: the `peft_type` of the file, which PEFT reads and writes alike; – is our own type in the same container.
 - **Reads W**: *start*: once, when it is attached, and what it found is saved; *each step*: in every forward pass, so a quantised base is dequantised each time; –: never. Bases that are quantised come with a later version; this says what a method will ask of one.
-- **Step**, **Memory**: time of a training step, and bytes held for its backward pass, relative to plain LoRA measured beside it ({setting}).
+- **Step**: time of a training step relative to plain LoRA measured beside it, on a base in bfloat16 and in float32; in brackets PEFT's own form of the method, relative to our LoRA too. **Memory**: bytes held for the backward pass in bfloat16, relative to LoRA. Measured by `python -m benchmarks.methods_step` ({setting}).
 - **Start**: 0 if the adapted model is the base model to the bit; else the largest relative change of the tests' toy model.
 """
 
@@ -57,17 +57,17 @@ What does not go together is refused with the reason:
 
 def page() -> str:
     """docs/methods.md."""
-    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {"methods": {}, "setting": {}}
-    setting = measured["setting"]
-    told = "not measured yet" if not setting else (
-        f"{setting['layers']} layers of width {setting['hidden']}, {setting['rows']}×{setting['length']} tokens, {setting['dtype']}, "
+    measured = {dtype: json.loads(path.read_text(encoding="utf-8")) for dtype, path in MEASURED.items() if path.exists()}
+    setting = next(iter(measured.values()))["setting"] if measured else None
+    told = "not measured yet" if setting is None else (
+        f"{setting['layers']} layers of width {setting['hidden']}, {setting['rows']}×{setting['length']} tokens, "
         f"rank {setting['rank']} where there is one, {setting['threads']} CPU thread, torch {setting['torch']}"
     )
     llama = _llama()
     lines = [
-        "| method | paper | formula | trained | merges | PEFT | reads W | step | memory | start |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(_row(method, measured["methods"].get(method.name), llama) for method in _sorted()),
+        "| method | paper | formula | trained | merges | PEFT | reads W | step bf16 | step f32 | memory | start |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(method, {dtype: found["methods"].get(method.name) for dtype, found in measured.items()}, llama) for method in _sorted()),
     ]
     notes = [f"- **{method.name}**: {method.note}" for method in _sorted() if method.note]
     parts = [INTRO.format(setting=told), "\n".join(lines), "## Notes\n\n" + "\n".join(notes), _composing()]
@@ -91,7 +91,13 @@ def _llama() -> Any:
         return LlamaForCausalLM(config)
 
 
-def _row(method: Method, cost: dict[str, float] | None, llama: Any) -> str:
+def _step(cost: dict[str, float] | None) -> str:
+    if cost is None:
+        return "–"
+    return f"{cost['time']:.2f}" + (f" ({cost['peft_to_lora']:.2f})" if "peft_to_lora" in cost else "")
+
+
+def _row(method: Method, costs: dict[str, dict[str, float] | None], llama: Any) -> str:
     from deltune.adapters.attach import attach, detach, trainable
     from deltune.adapters.files.peft import OWN, form_for
 
@@ -101,11 +107,11 @@ def _row(method: Method, cost: dict[str, float] | None, llama: Any) -> str:
     trained = sum(parameter.numel() for parameter in trainable(llama).values())
     reads = "each step" if delta.reads_base or config.magnitude else "start" if _start_reads(llama) else "–"
     detach(llama)
-    form = form_for(config).type
+    form, short = form_for(config).type, costs.get("bfloat16")
     cells = [
         f"`{method.name}`", _link(method.paper), _escaped(method.formula), f"{trained:,}", "yes" if delta.mergeable else "no",
-        "–" if form.startswith(OWN) else form, reads, f"{cost['time']:.2f}" if cost else "–",
-        f"{cost['held_memory']:.2f}" if cost else "–", f"{method.start:g}",
+        "–" if form.startswith(OWN) else form, reads,
+        *(_step(costs.get(dtype)) for dtype in MEASURED), f"{short['held_memory']:.2f}" if short else "–", f"{method.start:g}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -108,7 +108,8 @@ def test_a_pair_of_reflections_starts_as_equals():
     [
         ("oft", {"eps": 1e-3}), ("oft", {"bound": "peft"}), ("oft", {"terms": 6}), ("hra", {"exact_start": False}),
         ("svft", {"off_diagonals": 2}), ("psoft", {"terms": 6}), ("psoft", {"bound": 0.5}), ("psoft", {"orthogonal": False, "cayley": "neumann", "terms": 6}),
-        ("tinylora", {"init_bound": 0.1}), ("adamss", {"threshold": 0.2}),
+        ("tinylora", {"init_bound": 0.1}), ("adamss", {"threshold": 0.2}), ("svft", {"svd": "full"}),
+        ("miss", {"mini_rank": 8}), ("glora", {"rank": 4, "form_ab": "vector", "form_c": "none"}),
     ],
     ids=str,
 )

@@ -217,7 +217,8 @@ def test_glora_has_a_factor_and_a_sum_for_weight_and_bias(form_ab, form_c, form_
         with pytest.raises(AdapterError, match="nothing would be trained"):
             attach(layer(), named("glora", form_ab="none", form_c="none", form_de="none"))
         return
-    model, W, b, delta = adapted("glora", rank=r, form_ab=form_ab, form_c=form_c, form_de=form_de)
+    fields = {"rank": r} if "lora" in (form_ab, form_c) else {}
+    model, W, b, delta = adapted("glora", **fields, form_ab=form_ab, form_c=form_c, form_de=form_de)
     count = 2 * {"lora": r * (out + n_in), "vector": out, "constant": 1, "none": 0}[form_ab]
     count += {"lora": r * (n_in + 1), "vector": n_in, "none": 0}[form_c] + 2 * {"vector": out, "constant": 1, "none": 0}[form_de]
     assert num_trained(model) == count

@@ -31,7 +31,7 @@ METHODS = {
         "paper": "arXiv:2502.00987",
         "formula": "ΔW = s·Σ_j B_j·diag(λ_j)·A·diag(γ_j), n = ⌈min(in, out)/r⌉ random frozen bases, s = α/(r√n)",
         "small": {"rank": 3},
-        "note": "The published code and PEFT pair the bases in another order than the formula, and PEFT scales by α/r: peft_compat=true does both, and is set for PEFT's files. The bases are divided by their distribution's deviation, not by their own, so that they can be drawn again bit for bit. PEFT writes the bases once more for every layer; such files are read, and ours hold them once, of which PEFT warns and which it reads all the same.",
+        "note": "The published code and PEFT pair the bases in another order than the formula, and PEFT scales by α/r: peft_compat=true does both, and is set for PEFT's files. The bases are divided by their distribution's deviation, not by their own, so that they can be drawn again bit for bit. PEFT writes the bases once more for every layer; such files are read, and ours hold them once, of which PEFT warns and which it reads all the same. The bases together have full rank, so a step is bound by two products as dear as W's and their gradients, whatever the rank is.",
     },
     "vblora": {
         "choices": {"delta": "vblora"},

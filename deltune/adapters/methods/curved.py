@@ -36,7 +36,7 @@ METHODS = {
         "paper": "https://aclanthology.org/2024.findings-emnlp.177",
         "formula": "ΔW = s·φ(BA), φ(z) = z + a·ρ(z)·sin(f·z), s = α/r",
         "small": {"rank": 2, "freq": 100.0, "amplitude": 0.05},
-        "note": "Sources leave open whether ρ is ReLU (the default here) or the identity, and whether there is a scale. on=activation puts φ on BAx, as a public copy does; that cannot be merged.",
+        "note": "Sources leave open whether ρ is ReLU (the default here) or the identity, and whether there is a scale. on=activation puts φ on BAx, as a public copy does; that cannot be merged. A step is bound by the sine and its slope at every entry of W, in float32 since the frequency times a short type's rounding is more than a period, and by one product more for the gradient of ΔW.",
     },
     "loda": {
         "choices": {"delta": "loda", "plus": False},

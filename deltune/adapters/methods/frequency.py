@@ -36,7 +36,7 @@ METHODS = {
         "formula": "ΔW = s·Re(ifft2(E)), E zero but for c at n random frequencies",
         "start": 1.25,
         "small": {"n_frequency": 20, "scaling": 10.0},
-        "note": "Starts as its authors have it, c normal, so it is no identity; init=zero is one. Authors: scaling 300 for Llama.",
+        "note": "Starts as its authors have it, c normal, so it is no identity; init=zero is one. Authors: scaling 300 for Llama. A step is bound by two Fourier transforms of W's size in float32, which count for less the more tokens it has.",
     },
     "waveft": {
         "choices": {"delta": "waveft"},

@@ -28,7 +28,7 @@ METHODS = {
         "choices": {"delta": "osf"},
         "paper": "arXiv:2504.07097",
         "formula": "ΔW = UΣV − U₀Σ₀V₀ of the smallest triplets; gradients of U, V stay off the largest ones' spans",
-        "note": "The paper rewrites W as its factors; here, as in PEFT, the change is added to a W that stays as it is. Only gradients are kept off the frozen spans, so an optimizer that scales them entry by entry can still leave.",
+        "note": "The paper rewrites W as its factors; here, as in PEFT, the change is added to a W that stays as it is. Only gradients are kept off the frozen spans, so an optimizer that scales them entry by entry can still leave. A step is bound by half of W's triplets being trained, beside a second, frozen, copy of them, and by the two projections of their gradients.",
     },
 }
 

@@ -74,6 +74,10 @@ class GloraConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Glora
 
+    def problems(self) -> list[str]:
+        idle = ["rank has no effect: neither form_ab nor form_c is lora"] if self.rank != 8 and "lora" not in (self.form_ab, self.form_c) else []
+        return [*idle, *super().problems()]
+
 
 # ---------------------------------------------------------------- AdaMSS
 
@@ -270,10 +274,11 @@ class Adamss(Delta):
 
 
 def _glora_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    forms = fields.get("config_A_B", "lora"), fields.get("config_C", "lora")
     return {
-        "rank": fields.get("r", 8),
-        "form_ab": fields.get("config_A_B", "lora"),
-        "form_c": fields.get("config_C", "lora"),
+        "rank": fields.get("r", 8) if "lora" in forms else 8,
+        "form_ab": forms[0],
+        "form_c": forms[1],
         "form_de": fields.get("config_D_E", "constant"),
     }
 

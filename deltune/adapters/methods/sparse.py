@@ -28,7 +28,7 @@ METHODS = {
         "paper": "arXiv:2406.13175",
         "formula": "ΔW = v at r·(in + out) fixed entries, 0 elsewhere",
         "small": {"rank": 2},
-        "note": "Masks that need no data: random, magnitude (the paper's WM) and struct, whose rows the paper leaves open: the diagonal and rows at even distances. Its masks from gradients and SNIP need data.",
+        "note": "Masks that need no data: random, magnitude (the paper's WM) and struct, whose rows the paper leaves open: the diagonal and rows at even distances. Its masks from gradients and SNIP need data. PEFT adds the entries to a bfloat16 weight, which is one product less a step and loses each that is below the weight's rounding; here they act.",
     },
     "supertuning": {
         "choices": {"delta": "supertuning"},

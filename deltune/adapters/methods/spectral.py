@@ -78,6 +78,8 @@ class SvftConfig(AdapterConfig):
 
     def problems(self) -> list[str]:
         idle = ["off_diagonals has no effect: pattern=plain has none"] if self.pattern == "plain" and self.off_diagonals != 16 else []
+        if self.svd != "fast" and not self.rank:
+            idle.append("svd has no effect without a rank: all triplets take the full decomposition anyway")
         return [*idle, *super().problems()]
 
 

@@ -155,6 +155,10 @@ class MissConfig(AdapterConfig):
     def delta_class() -> type[Delta]:
         return Miss
 
+    def problems(self) -> list[str]:
+        idle = ["mini_rank has no effect with form=shard: it belongs to form=mini"] if self.form == "shard" and self.mini_rank != 64 else []
+        return [*idle, *super().problems()]
+
 
 @dataclass(frozen=True)
 class MissBatConfig(AdapterConfig):
@@ -191,8 +195,7 @@ class Miss(Delta):
         read=lambda fields: {
             "rank": fields.get("r", 64),
             "dropout": fields.get("miss_dropout", 0.0),
-            "mini_rank": fields.get("mini_r", 1),
-            "form": "mini" if fields.get("init_weights") == "mini" else "shard",
+            **({"form": "mini", "mini_rank": fields.get("mini_r", 1)} if fields.get("init_weights") == "mini" else {"form": "shard"}),
         },
         fields=frozenset({"r", "miss_dropout", "mini_r", "init_weights"}),
         fits=_can_peft,
