@@ -181,6 +181,7 @@ def _fill_b(file: Path) -> None:
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(0)
     save_file({n: torch.randn(t.shape, generator=generator) / 64 if "lora_B" in n else t for n, t in tensors.items()}, file, {"format": "pt"})
+    (file.parent / "deltune.json").unlink(missing_ok=True)  # it holds the digest of the file that was
 
 
 # -- C14 --------------------------------------------------------------------------------------------------------
