@@ -85,6 +85,25 @@ def test_the_dry_run_and_a_real_step_agree_on_what_each_kind_saves():
     assert peaks["none"] - peaks["selective"] == pytest.approx(saved / 2, rel=0.35)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dry_run_of_a_packed_row_holds_what_the_row_does(kind):
+    from deltune.data.dataset import Example
+    from deltune.data.pack import join
+    from deltune.models.attention import keeps_documents_apart
+    from deltune.models.config import ModelConfig
+    from deltune.models.load import load
+
+    model = attach(load(ModelConfig(dtype="bfloat16")), LoraConfig(rank=4)).train()
+    assert not keeps_documents_apart(model)
+    lengths = (40, 17, 63)
+    apply(model, kind)
+    batch = join([Example(*(2 * [torch.arange(n).numpy()]), "row") for n in lengths])
+    real = peak_bytes_of(model, lambda: causal_lm_step(model, batch).backward())
+    shapes = model.to("meta")
+    found = dry_run(shapes, batch=1, seq=120, trained=117, padded=False, recompute=kind, fast=False, lengths=lengths)
+    assert found.peak_bytes == pytest.approx(real, rel=0.01)
+
+
 # -- auto -------------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,7 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
         model, batch=shapes.size, seq=shapes.longest, trained=shapes.most_trained, padded=shapes.padding > 0,
         device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name), recompute=recompute_meant(run),
         accumulate=run.train.accumulate > 1, fast=run.fast == "auto",
+        lengths=shapes.largest if shapes.batching == "packed" else None,
     )  # fmt: skip
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -232,11 +233,12 @@ class Time:
 
 def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatches, num_steps: int, device: torch.device) -> Time:
     """A mean step by the roofline of every kernel, and the optimizer's passes over what it moves."""
-    seq = max(2, round(shapes.seq))
+    lengths = shapes.typical if shapes.batching == "packed" else None
+    seq = max(2, round(shapes.seq) if lengths is None else sum(lengths))
     account = dry_run(
         model, batch=shapes.size, seq=seq, trained=max(1, min(round(shapes.trained), shapes.size * (seq - 1))),
         padded=shapes.padding > 0, device=device.type, autocast=AUTOCAST.get(meant(run, model, device).name),
-        recompute=recompute_meant(run), fast=run.fast == "auto",
+        recompute=recompute_meant(run), fast=run.fast == "auto", lengths=lengths,
     )  # fmt: skip
     speed = device_speed(device, {arithmetic(meant(run, model, device).name, p.dtype) for p in model.parameters()})
     moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written

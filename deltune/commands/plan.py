@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ class Plan:
     """Everything that the page is written from."""
 
     run: Run
+    recompute: str  # a name of recompute.KINDS, or auto where what it comes to cannot be told
     model: PreTrainedModel
     found: Survey
     shapes: MicroBatches
@@ -83,14 +84,15 @@ def make(run: Run) -> Plan:
     shapes = estimate.shapes_for(run, found, settled.name)
     num_steps = steps_of(run, found, shapes)
     schedule(run.schedule, num_steps)
-    memory, time, unknown = None, None, ""
+    memory, time, unknown, settled_run = None, None, "", run
     try:
-        memory = estimate.memory_of(run, model, shapes, device)
-        time = estimate.time_of(run, model, found, shapes, num_steps, device)
+        settled_run = estimate.settle_recompute(run, model, shapes, device)
+        memory = estimate.memory_of(settled_run, model, shapes, device)
+        time = estimate.time_of(settled_run, model, found, shapes, num_steps, device)
     except CostUnknown as error:
         unknown = str(error)
     free, disk = estimate.free_memory(device), estimate.disk_of(run, model, num_steps)
-    return Plan(run, model, found, shapes, settled.why_padded, num_steps, device, memory, free, time, unknown, disk)
+    return Plan(run, settled_run.model.recompute, model, found, shapes, settled.why_padded, num_steps, device, memory, free, time, unknown, disk)
 
 
 def steps_of(run: Run, found: Survey, shapes: MicroBatches) -> int:
@@ -115,7 +117,7 @@ def page(plan: Plan) -> Iterator[str]:
     yield "# the whole config, every default included"
     yield plan.run.to_yaml().rstrip()
     for title, lines in (
-        ("Parameters", parameters(plan)), ("Data", data(plan)), ("Steps", steps(plan)), (f"Memory ({plan.device})", memory(plan)),
+        ("Parameters", parameters(plan)), ("Data", data(plan)), ("Steps", steps(plan)), ("Computed", computed(plan)), (f"Memory ({plan.device})", memory(plan)),
         ("Time", time(plan)), ("Disk", disk(plan)), ("Look at", list(warnings(plan))),
     ):  # fmt: skip
         if lines:
@@ -180,6 +182,29 @@ def steps(plan: Plan) -> list[str]:
     if plan.run.engine.name == "ddp":
         fewer = "" if train.steps is not None else ", and there are as many times fewer steps"
         lines.append(f"for one process; with deltune launch -n N a step has N times as many examples{fewer}")
+    return lines
+
+
+def computed(plan: Plan) -> list[str]:
+    """What the settings that choose by themselves come to, what is computed together, and why the rest is not."""
+    from deltune.adapters import fused
+    from deltune.models import head, lean
+
+    asked = plan.run.model.gradient_checkpointing
+    lines = [
+        f"attention: {plan.model.config._attn_implementation} (model.attention={plan.run.model.attention})",
+        f"batches: {plan.shapes.batching} (data.batching={plan.run.data.batching})",
+        f"activations recomputed: {plan.recompute} (model.gradient_checkpointing={str(asked).lower()}; training tries a micro-batch)"
+        if asked == "auto" else f"activations recomputed: {plan.recompute}",
+    ]  # fmt: skip
+    if plan.run.fast == "off":
+        return [*lines, "everything else in its plain form: fast=off"]
+    lines.append(f"loss: {head.describe(plan.model)}")
+    if plan.run.engine.compile:
+        return [*lines, "blocks: compiled, in their plain forms"]
+    lines += [f"model: {line}" for line in lean.told(lean.make_lean(plan.model))]
+    if plan.run.adapter is not None:
+        lines += [f"adapters: {line}" for line in fused.told(fused.fuse(plan.model))]
     return lines
 
 
@@ -254,7 +279,7 @@ def _too_large(plan: Plan, needed: Memory) -> Iterator[str]:
 
     surely = "needs" if needed.least > plan.free else "may need"
     yield f"the run {surely} {written(needed.most)} of memory, and {written(plan.free)} are free. What fits:"
-    remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(plan.run, plan.found, plan.shapes.batching, plan.device, plan.free), NUM_REMEDIES)]
+    remedies = [f"  {words}  ({written(found.most)})" for words, found in islice(fitting(replace(plan.run, model=replace(plan.run.model, gradient_checkpointing=plan.recompute)), plan.found, plan.shapes.batching, plan.device, plan.free), NUM_REMEDIES)]
     if needed.least <= plan.free:
         remedies.insert(0, f"  {HEAP_REMEDY}  ({written(needed.least)}, some time)")
     yield from remedies[:NUM_REMEDIES] or ["  nothing that leaves model and data as they are; a smaller model, or a larger device"]

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate as running_sum
 from typing import Any
 
 import torch
@@ -65,13 +66,15 @@ class StepAccount:
 def dry_run(
     model: nn.Module, *, batch: int, seq: int, trained: int | None = None, padded: bool = True, device: str = "cpu",
     autocast: torch.dtype | None = None, recompute: str = "none", accumulate: bool = False, fast: bool = True,
+    lengths: tuple[int, ...] | None = None,
 ) -> StepAccount:
     """The account of one micro-batch [batch, seq] through a Hugging Face causal language model on the meta device.
 
     `trained` tokens reach the output head (None: all). `padded` says that examples differ in length, so that attention
     has a mask. `device` (its type) decides which attention kernel runs. `recompute` is a name of recompute.KINDS, and
     `accumulate` says that gradients of an earlier micro-batch are there already; `fast` that the loss is computed without
-    logits where it can be. Raises CostUnknown, and ModelError where a model cannot recompute.
+    logits where it can be. `lengths` of documents make it a packed row of `seq` tokens, without a mask. Raises
+    CostUnknown, and ModelError where a model cannot recompute.
     """
 
     def kernels() -> _KernelShapes:
@@ -91,7 +94,7 @@ def dry_run(
             account.hold(parameter.grad for parameter in parameters if parameter.grad is not None)
             # autocast itself does nothing on the meta device, but nodes of our own ask for its type
             with kernels(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-                loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device, kernels)
+                loss = _summed_loss(model, head, batch, seq, batch * (seq - 1) if trained is None else trained, device, kernels, lengths)
             account.forward_is_done()
             torch.autograd.backward([loss])
     except (NotImplementedError, RuntimeError) as error:
@@ -108,10 +111,20 @@ def dry_run(
     return StepAccount(dict(account.at_peak), account.small_at_peak, tuple(account.kernels[:forward]), tuple(account.kernels[forward:]))
 
 
-def _summed_loss(model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str, kernels: Callable[[], Any]) -> Tensor:
+def _summed_loss(
+    model: nn.Module, head: Head | None, batch: int, seq: int, trained: int, device: str, kernels: Callable[[], Any],
+    lengths: tuple[int, ...] | None,
+) -> Tensor:  # fmt: skip
     """The loss by the function that training computes it with, of so many trained tokens, wherever they are."""
     ids, mask = torch.zeros(batch, seq, dtype=torch.long), torch.ones(batch, seq, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if lengths is not None:
+        borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        borders.starts = tuple(running_sum(lengths, initial=0))  # what the attention function reads off the numbers, which are not here
+        inputs |= {
+            "attention_mask": None, "position_ids": torch.zeros_like(ids), "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+            "max_length_q": max(lengths), "max_length_k": max(lengths),
+        }  # fmt: skip
     rows, targets = torch.arange(trained), torch.zeros(trained, dtype=torch.long)
     return summed_loss(model, head, inputs, rows, targets, device=device, contexts=lambda: (nullcontext(), kernels()))
 
