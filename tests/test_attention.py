@@ -245,3 +245,12 @@ def test_torchs_kernel_for_packed_rows_on_cuda_is_called_as_it_documents(monkeyp
     parts = [[t[:, :, a:b] for t in (q, k, v)] for a, b in itertools.pairwise(bounds)]
     wanted = [dense_attention(*part, _causal(*part[:2], window) if causal_rows else None, 0.3)[0] for part in parts]
     near([found], [torch.cat(wanted, 1)], 1e-12)
+
+
+def test_a_packed_batch_goes_through_the_meta_device():
+    with torch.device("meta"):
+        model = small("llama", "segment", move=False).bfloat16()
+        for _ in range(2):  # nothing is kept from the first
+            model(**packed_inputs(LENGTHS, torch.device("meta")) | {"position_ids": None}).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.shape == (32, 32)
+    assert not any(t.is_meta for t in vars(causal._SCRATCH).values())

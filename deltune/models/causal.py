@@ -136,6 +136,8 @@ _SCRATCH = threading.local()
 
 def _scratch(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """Memory that every block uses again: fresh memory is given page by page, which takes longer than to fill it."""
+    if like.is_meta:
+        return torch.empty(shape, dtype=dtype, device=like.device)  # an account of memory must not depend on earlier ones
     held: dict[Any, Tensor] = vars(_SCRATCH)
     key, size = f"{name} {dtype} {like.device}", math.prod(shape)
     if key not in held or held[key].numel() < size:
