@@ -412,6 +412,9 @@ class Gated(nn.Module):
             return self.c(self.drop(self.act(self.a(x))))
         if self.form == "three":
             return self.c(self.act(self.a(x)) * self.b(x) * 2)
+        if self.form == "besides":
+            self.b(x)
+            return self.c(self.act(self.a(x)))
         return self.c(self.a(x) * self.b(x))
 
 
@@ -449,7 +452,7 @@ def test_any_activation(act, form):
     assert torch.autograd.gradcheck(answer, (x, *parameters))
 
 
-@pytest.mark.parametrize("form,why", [("residual", "not a linear layer"), ("dropout", "each number"), ("three", "neither|activation"), ("bilinear", "neither")])
+@pytest.mark.parametrize("form,why", [("residual", "not a linear layer"), ("dropout", "each number"), ("three", "neither|activation"), ("bilinear", "neither"), ("besides", "something else besides")])
 def test_other_forms_are_told(form, why):
     model = attach(Root(Gated(nn.SiLU(), form)), config_of(targets=["a", "c"]))
     records = {record.where: record for record in fuse(model)}
