@@ -74,7 +74,28 @@ def agree(model, plain, one):
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5 * max(1.0, wanted[name].abs().max().item()))
 
 
-@pytest.mark.parametrize("make", [join, pytest.param(pad, marks=pytest.mark.slow)], ids=["packed", "padded"])
+def test_blocks_that_are_alike_share_one_graph_for_all_lengths():
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.SiLU()) for _ in range(3))
+    attach(model, method("lora"))
+    compile_blocks(model.train(), CPU, backend="eager")
+    for length in (5, 9, 33):
+        x = torch.randn(2, length, 8, requires_grad=True)
+        y = x
+        for block in model.layers:
+            y = block(y)
+        y.sum().backward()
+        for block in model.layers:
+            x = block._call_impl(x)
+        torch.testing.assert_close(y, x)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [join, pad], ids=["packed", "padded"])
 def test_lengths_documents_and_layers_share_their_graphs(make):
     model = adapted()
     plain = copy.deepcopy(model)

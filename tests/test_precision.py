@@ -88,3 +88,18 @@ def test_a_run_says_what_it_settled_on_and_learns(fast, tiny_folder, tmp_path, c
     steps = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in steps if line["kind"] == "step"]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_kernels_of_shapes_that_do_not_come_back_are_let_go(monkeypatch):
+    import os
+
+    from deltune.engines.config import Single
+    from deltune.engines.engine import KERNELS_KEPT, Engine
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    Engine(Single(device="cpu")).close()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(KERNELS_KEPT)
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "7"
+    Engine(Single(device="cpu")).close()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

@@ -21,6 +21,8 @@ from deltune.engines.precision import AUTOCAST, Precision
 from deltune.errors import EngineError
 from deltune.log import logger
 
+KERNELS_KEPT = 128  # more than the shapes of one step, so that blocks that are alike share them
+
 
 def pick_device(name: str) -> torch.device:
     """The device of a setting; EngineError if it is not there."""
@@ -60,6 +62,9 @@ class Engine:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         self.device = pick_device(config.device)
+        # oneDNN keeps a kernel with its scratch memory for each shape that it has met, 1,024 of them: with batches of many
+        # lengths that grows to gigabytes. Read at its first product, so a library's user may have been before us.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
         self.compute_in(Precision(config.precision))
 
     def compute_in(self, precision: Precision) -> None:
