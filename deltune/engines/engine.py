@@ -59,7 +59,8 @@ class Engine:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             # warn_only: a kernel without a deterministic form still runs, and torch says which one it was
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # (set_deterministic_debug_mode does what use_deterministic_algorithms does, without importing the compiler)
+            torch.set_deterministic_debug_mode("warn")
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         self.device = pick_device(config.device)
         # oneDNN keeps a kernel with its scratch memory for each shape that it has met, 1,024 of them: with batches of many
@@ -146,7 +147,7 @@ class Engine:
     def close(self) -> None:
         """Leave the process as it was found."""
         if self.config.deterministic:
-            torch.use_deterministic_algorithms(False)
+            torch.set_deterministic_debug_mode("default")
 
 
 class LossScale:
