@@ -427,7 +427,7 @@ class Root(nn.Module):
         return self.block(x)
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Tanh(), nn.Softplus(), torch.sigmoid], ids=str)
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Tanh(), nn.Softplus(), torch.sigmoid], ids=lambda act: getattr(act, "__name__", str(act)))
 @pytest.mark.parametrize("form", ["gated", "tail"])
 def test_any_activation(act, form):
     torch.manual_seed(0)
