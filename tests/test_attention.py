@@ -163,10 +163,10 @@ def slopes_of(out, inputs):
 @pytest.mark.parametrize("starts", [(0, 33), (0, 5, 6, 30, 33)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("block", [4, 128])
-@pytest.mark.parametrize("longest", [0, 10, 64])
-def test_the_node_is_the_formula(monkeypatch, starts, heads, block, longest):
+@pytest.mark.parametrize(("longest", "room"), [(0, 1), (10, 1), (64, 3000), (64, 1 << 20)])  # a head at a time, some heads, all rows
+def test_the_node_is_the_formula(monkeypatch, starts, heads, block, longest, room):
     monkeypatch.setattr(causal, "BLOCK", block)
-    monkeypatch.setattr(causal, "ROOM", 300)  # several rounds of heads
+    monkeypatch.setattr(causal, "ROOM", room)
     monkeypatch.setattr(causal, "LONGEST", {torch.float64: longest, torch.bfloat16: longest, torch.float32: longest})
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         inputs = drawn(dtype, heads, rows=2 if len(starts) == 2 else 1)

@@ -1,9 +1,9 @@
 """Causal attention of whole rows, or of the documents in one, as one autograd node on CPUs. It never makes the half of the
 square that causal attention does not see, and cuts documents without a zero-filled gradient for each.
 
-The forward pass is torch's kernel, and so is the backward pass where that is quicker. In bfloat16 it takes six times as
-long as the forward one; then each block of queries is taken against the keys before it, in batched products. Scores and
-their softmax are float32 at least; probabilities and gradients are rounded as factors of the products only.
+The forward pass is torch's kernel, and so is the backward pass where that is quicker. In bfloat16 it takes five to eight
+times as long as the forward one; then the square of probabilities is made again, for some heads at a time, and each
+gradient is one batched product. Scores, their softmax and every sum are float32 at least; only factors are rounded.
 
 Shapes: query and output gradient [rows, heads, seq, head], key and value [rows, key heads, seq, head]; documents are
 ranges along seq that cover it. heads = key heads x groups.
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# documents of at most so many tokens have their backward pass in blocks here, others in torch's kernel (docs/attention.md)
+# documents of at most so many tokens have their backward pass in squares here, others in torch's kernel (docs/attention.md)
 LONGEST = {torch.bfloat16: 512}
-BLOCK = 128  # queries at a time
-ROOM = 1 << 18  # scores at a time: 1 MB in float32, so that what is made of them stays in a core's cache
+BLOCK = 128  # queries whose scores are made at a time, with the keys that any of them sees
+ROOM = 1 << 20  # probabilities at a time: 2 MB in bfloat16, about a core's cache
 
 
 def quicker(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int]) -> bool:
@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], sca
 
 
 def _short(starts: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int, bool]]:
-    """Each document, and whether its backward pass goes in blocks."""
+    """Each document, and whether its backward pass goes in squares."""
     for begin, end in itertools.pairwise(starts):
         yield begin, end, end - begin <= LONGEST.get(dtype, 0)
 
@@ -76,7 +76,7 @@ class _Causal(torch.autograd.Function):
             for begin, end, short in _short(ctx.starts, query.dtype):
                 q, k, v, g, *into = (t[:, :, begin:end] for t in (query, key, value, gradient, dq, dk, dv))
                 if short:
-                    _in_blocks(q, k, v, g, *into, ctx.scale)
+                    _in_squares(q, k, v, g, *into, ctx.scale)
                     continue
                 heads, groups = k.shape[1], q.shape[1] // k.shape[1]
                 found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -91,44 +91,50 @@ def _per_head(tensor: Tensor, groups: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
-    """Fill dq, dk and dv of one document, or of one in every row, some heads at a time."""
-    rows, heads, length, head = query.shape
+def _in_squares(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """Fill dq, dk and dv of one document, or of one in every row, some rows and heads at a time."""
+    rows, heads, length = query.shape[:3]
     groups = heads // key.shape[1]
-    many = max(1, ROOM // (groups * min(BLOCK, length) * length))  # key heads at a time
-    for row, first in itertools.product(range(rows), range(0, key.shape[1], many)):
-        own, of_queries = slice(first, first + many), slice(first * groups, (first + many) * groups)
-        q, g = (t[row, of_queries].reshape(-1, groups, length, head) for t in (query, gradient))
-        k, v = (t[row, own].contiguous() for t in (key, value))
-        _heads(q, k, v, g, scale, dq[row, of_queries].unflatten(0, (-1, groups)), dk[row, own], dv[row, own])
+    many = max(1, ROOM // (groups * length * length))  # key heads at a time
+    rows_at_once, heads_at_once = max(1, many // key.shape[1]), min(many, key.shape[1])
+    for row, first in itertools.product(range(0, rows, rows_at_once), range(0, key.shape[1], heads_at_once)):
+        part, last = slice(row, row + rows_at_once), first + heads_at_once
+        own, of_queries = (part, slice(first, last)), (part, slice(first * groups, last * groups))
+        _square(query[of_queries], key[own], value[own], gradient[of_queries], scale, dq[of_queries], dk[own], dv[own])
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """The same for queries [n, groups, seq, head], keys and values [n, seq, head]."""
+def _square(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """The same at once. n = rows x key heads; the groups' queries stand below each other, as factors of the same keys."""
+    length, head = key.shape[2:]
+    n, groups = key.shape[0] * key.shape[1], query.shape[1] // key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # products of factors that do not lie together take up to three times as long
+    q, g = (_copied(name, t).view(n, groups * length, head) for name, t in (("query", query), ("gradient", gradient)))
+    k, v = (_copied(name, t).view(n, length, head) for name, t in (("key", key), ("value", value)))
+    p = _probabilities(_copied("wide query", q, wide).view(n, groups, length, head), _copied("wide key", k, wide), scale, q.dtype)
+    found = _scratch("found", k, k.dtype, n, length, head)
+    dv.copy_(torch.bmm(p.transpose(1, 2), g, out=found).view(dv.shape))
+    ds = torch.bmm(g, v.transpose(1, 2), out=_scratch("slopes", p, p.dtype, *p.shape))
+    torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)  # which sums in float32
+    torch.mul(torch.bmm(ds.transpose(1, 2), q, out=found).view(dk.shape), scale, out=dk)
+    torch.mul(torch.bmm(ds, k, out=_scratch("found", q, q.dtype, *q.shape)).view(dq.shape), scale, out=dq)
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """[n, groups x seq, seq] of queries [n, groups, seq, head] and keys [n, seq, head], rounded to `dtype`; a block of queries at
+    a time with the keys that any of it sees."""
     n, groups, length, head = q.shape
-    short, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    keys, values = k.to(wide).mul(scale).transpose(1, 2), v.transpose(1, 2)
-    sums = None
+    p = _scratch("probabilities", q, dtype, n, groups, length, length)
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
-        rows = groups * (end - begin)
-        queries, slopes = (t[:, :, begin:end].reshape(n, rows, head) for t in (q, g))
-        scores = torch.bmm(queries.to(wide), keys[:, :, :end], out=_scratch("scores", q, wide, n, rows, end))
-        scores.view(n, groups, end - begin, end)[..., begin:] += _unseen(end - begin, wide, str(q.device))
-        torch.softmax(scores, -1, out=scores)
-        p = scores if short == wide else _scratch("probabilities", q, short, n, rows, end).copy_(scores)
-        ds = torch.bmm(slopes, values[:, :, :end], out=_scratch("slopes", q, short, n, rows, end))
-        torch._softmax_backward_data(ds, p, -1, short, grad_input=ds)  # which sums in float32
-        torch.mul(torch.bmm(ds, k[:, :end]).view(n, groups, end - begin, head), scale, out=dq[:, :, begin:end])
-        more = torch.bmm(ds.transpose(1, 2), queries), torch.bmm(p.transpose(1, 2), slopes)
-        if begin == 0 and end == length:
-            sums = more
-        else:  # blocks are added up in the wide type
-            sums = sums or [torch.zeros(n, length, head, dtype=wide, device=q.device) for _ in more]
-            for total, part in zip(sums, more, strict=True):
-                total[:, :end] += part
-    dk.copy_(sums[0].mul_(scale))
-    dv.copy_(sums[1])
+        scores = _scratch("scores", q, q.dtype, n, groups, end - begin, end)
+        scores[..., :begin] = 0
+        scores[..., begin:] = _unseen(end - begin, q.dtype, str(q.device))
+        queries = q[:, :, begin:end].reshape(n, -1, head)
+        scores.view(n, -1, end).baddbmm_(queries, k[:, :end].transpose(1, 2), alpha=scale)
+        p[:, :, begin:end, :end] = torch.softmax(scores, -1, out=scores)
+        p[:, :, begin:end, end:] = 0
+    return p.view(n, groups * length, length)
 
 
 _SCRATCH = threading.local()
@@ -143,6 +149,10 @@ def _scratch(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor
     if key not in held or held[key].numel() < size:
         held[key] = torch.empty(size, dtype=dtype, device=like.device)
     return held[key][:size].view(shape)
+
+
+def _copied(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return _scratch(name, tensor, dtype or tensor.dtype, *tensor.shape).copy_(tensor)
 
 
 @functools.lru_cache(maxsize=64)
