@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from deltune.models import causal
+from deltune.models import causal, scratch
 from deltune.models.attention import (
     _causal,
     _on_cuda,
@@ -260,4 +260,4 @@ def test_a_packed_batch_goes_through_the_meta_device():
         with RestartingPositions():
             model(**packed_inputs(LENGTHS, torch.device("meta"))).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.shape == (32, 32)
-    assert not any(t.is_meta for t in vars(causal._SCRATCH).values())
+    assert not any(t.is_meta for t in vars(scratch._HELD).values())

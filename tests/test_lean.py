@@ -74,6 +74,19 @@ def test_a_norm_has_the_gradients_of_finite_differences(form):
     assert torch.autograd.gradcheck(norm, (x, weight))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_norm_in_bfloat16_is_rounded_where_its_form_says_however_many_rows_at_a_time(monkeypatch, offset, first):
+    form = lean.Form(1e-6, offset, first)
+    x, weight = torch.randn(5, 3, 7).bfloat16().transpose(0, 1), torch.randn(7).bfloat16()
+    inverse = lean._inverse_rms(x, form.eps)
+    unit = x.float() * inverse
+    wanted = unit.bfloat16() * (offset + weight) if first else (unit * (offset + weight.float())).bfloat16()
+    for room in (1, 2 * 7, 1 << 17):
+        monkeypatch.setattr(lean, "ROOM", room)
+        assert torch.equal(lean._normed(x, weight, inverse, form=form), wanted)
+
+
 def test_rotation_has_the_gradients_of_finite_differences():
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = torch.randn(2, 2, 1, 5, 8, dtype=torch.float64)

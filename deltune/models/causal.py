@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from deltune.models.scratch import copied, scratch
 
 # documents of at most so many tokens have their backward pass in squares here, others in torch's kernel (docs/attention.md)
 LONGEST = {torch.bfloat16: 512}
@@ -109,25 +109,25 @@ def _square(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: 
     n, groups = key.shape[0] * key.shape[1], query.shape[1] // key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     # products of factors that do not lie together take up to three times as long
-    q, g = (_copied(name, t).view(n, groups * length, head) for name, t in (("query", query), ("gradient", gradient)))
-    k, v = (_copied(name, t).view(n, length, head) for name, t in (("key", key), ("value", value)))
-    p = _probabilities(_copied("wide query", q, wide).view(n, groups, length, head), _copied("wide key", k, wide), scale, q.dtype)
-    found = _scratch("found", k, k.dtype, n, length, head)
+    q, g = (copied(name, t).view(n, groups * length, head) for name, t in (("query", query), ("gradient", gradient)))
+    k, v = (copied(name, t).view(n, length, head) for name, t in (("key", key), ("value", value)))
+    p = _probabilities(copied("wide query", q, wide).view(n, groups, length, head), copied("wide key", k, wide), scale, q.dtype)
+    found = scratch("found", k, k.dtype, n, length, head)
     dv.copy_(torch.bmm(p.transpose(1, 2), g, out=found).view(dv.shape))
-    ds = torch.bmm(g, v.transpose(1, 2), out=_scratch("slopes", p, p.dtype, *p.shape))
+    ds = torch.bmm(g, v.transpose(1, 2), out=scratch("slopes", p, p.dtype, *p.shape))
     torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)  # which sums in float32
     torch.mul(torch.bmm(ds.transpose(1, 2), q, out=found).view(dk.shape), scale, out=dk)
-    torch.mul(torch.bmm(ds, k, out=_scratch("found", q, q.dtype, *q.shape)).view(dq.shape), scale, out=dq)
+    torch.mul(torch.bmm(ds, k, out=scratch("found", q, q.dtype, *q.shape)).view(dq.shape), scale, out=dq)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """[n, groups x seq, seq] of queries [n, groups, seq, head] and keys [n, seq, head], rounded to `dtype`; a block of queries at
     a time with the keys that any of it sees."""
     n, groups, length, head = q.shape
-    p = _scratch("probabilities", q, dtype, n, groups, length, length)
+    p = scratch("probabilities", q, dtype, n, groups, length, length)
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
-        scores = _scratch("scores", q, q.dtype, n, groups, end - begin, end)
+        scores = scratch("scores", q, q.dtype, n, groups, end - begin, end)
         scores[..., :begin] = 0
         scores[..., begin:] = _unseen(end - begin, q.dtype, str(q.device))
         queries = q[:, :, begin:end].reshape(n, -1, head)
@@ -135,24 +135,6 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Te
         p[:, :, begin:end, :end] = torch.softmax(scores, -1, out=scores)
         p[:, :, begin:end, end:] = 0
     return p.view(n, groups * length, length)
-
-
-_SCRATCH = threading.local()
-
-
-def _scratch(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Memory that every block uses again: fresh memory is given page by page, which takes longer than to fill it."""
-    if like.is_meta:
-        return torch.empty(shape, dtype=dtype, device=like.device)  # an account of memory must not depend on earlier ones
-    held: dict[Any, Tensor] = vars(_SCRATCH)
-    key, size = f"{name} {dtype} {like.device}", math.prod(shape)
-    if key not in held or held[key].numel() < size:
-        held[key] = torch.empty(size, dtype=dtype, device=like.device)
-    return held[key][:size].view(shape)
-
-
-def _copied(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return _scratch(name, tensor, dtype or tensor.dtype, *tensor.shape).copy_(tensor)
 
 
 @functools.lru_cache(maxsize=64)

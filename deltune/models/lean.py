@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deltune.models.scratch import copied
 from deltune.recipe import set_recipe
 
 ROTARY = "apply_rotary_pos_emb"
+ROOM = 1 << 17  # numbers that a thread takes at a time in the wide type: what is made of them stays in its cache
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,21 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, inverse: Tensor, *, form: Form) -> Tensor:
-    out = torch.empty_like(x)
-    if form.rounded_first:
-        torch.mul(x, inverse, out=out)
-        return out.mul_(weight if not form.offset else form.offset + weight)
-    return torch.mul(x * inverse, weight.to(inverse.dtype) + form.offset, out=out)
+    short, wide = x.dtype, inverse.dtype
+    factor = weight if form.rounded_first else weight.to(wide)
+    factor = form.offset + factor if form.offset else factor
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if short == wide:
+        return torch.mul(x, inverse, out=out).mul_(factor)
+    # an operation on two types makes its wide copies in fresh memory, all rows at once
+    rows = max(1, ROOM * torch.get_num_threads() // len(weight))
+    for part, scale, target in zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in (x, inverse, out)), strict=True):
+        normed = copied("normed", part, wide).mul_(scale)
+        if form.rounded_first:
+            target.copy_(normed).mul_(factor)
+        else:
+            target.copy_(normed.mul_(factor))
+    return out
 
 
 class _Norm(torch.autograd.Function):
