@@ -1,9 +1,10 @@
-"""Causal attention of whole rows, or of the documents in one, as one autograd node on CPUs. It never makes the half of the
-square that causal attention does not see, and cuts documents without a zero-filled gradient for each.
+"""Causal attention of whole rows, or of the documents in one, as one autograd node on CPUs, which cuts documents without a
+zero-filled gradient for each.
 
 The forward pass is torch's kernel, and so is the backward pass where that is quicker. In bfloat16 it takes five to eight
 times as long as the forward one; then the square of probabilities is made again, for some heads at a time, and each
-gradient is one batched product. Scores, their softmax and every sum are float32 at least; only factors are rounded.
+gradient is one batched product. Scores and softmax are float32 at least, and so are sums within a product;
+other factors and results are rounded.
 
 Shapes: query and output gradient [rows, heads, seq, head], key and value [rows, key heads, seq, head]; documents are
 ranges along seq that cover it. heads = key heads x groups.
