@@ -14,6 +14,7 @@ import torch
 
 from deltune.commands.arithmetic import meant, of_run
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
+from deltune.engines import resident
 from deltune.engines.engine import pick_device
 from deltune.engines.precision import AUTOCAST
 from deltune.errors import AdapterError, ModelError
@@ -132,9 +133,7 @@ def settle_recompute(run: Run, model: PreTrainedModel, shapes: MicroBatches, dev
 
 def held_now() -> float:
     """Bytes of this process: Python and the libraries, which training loads too."""
-    import psutil
-
-    return float(psutil.Process().memory_info().rss)
+    return float(resident.now())
 
 
 def free_memory(device: torch.device) -> float:

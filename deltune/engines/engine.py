@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from deltune.engines import resident
 from deltune.engines.config import EngineConfig
 from deltune.engines.precision import AUTOCAST, Precision
 from deltune.errors import EngineError
@@ -121,12 +120,18 @@ class Engine:
         """Told of a gradient that is not finite: True if the loss scale was at fault and has been lowered."""
         return self.loss_scale is not None and self.loss_scale.lower()
 
+    def restart_peak_memory(self) -> None:
+        """From now on `peak_memory_bytes` is the most since now. Memory that was freed goes back to the system first."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            resident.restart_peak()
+
     def peak_memory_bytes(self) -> int:
-        """The most memory this process has held: of the device where it keeps count, else resident."""
+        """The most memory this process has held since `restart_peak_memory`: of the device where it keeps count, else resident."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return resident.peak()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards means something."""

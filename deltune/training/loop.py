@@ -107,6 +107,8 @@ class Loop:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         self.progress = Progress()
+        self.seconds: list[float] = []  # of each step of this process
+        self.peak_memory = 0  # bytes, from this process's first step to its last
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -119,6 +121,7 @@ class Loop:
 
     def _run(self) -> str:
         self.model.train()
+        self.engine.restart_peak_memory()
         stopped_by = "completed"
         if self._patience_is_over():  # a run killed between its last evaluation and its end
             return "early_stop"
@@ -309,6 +312,8 @@ class Loop:
         done.num_trained_tokens += num_trained
         done.seconds += seconds
         done.extend_chain(loss, grad_norm)
+        self.seconds.append(seconds)
+        self.peak_memory = self.engine.peak_memory_bytes()
         if step % self.log_every and step != self.info.num_steps and not skipped:
             return
         flops = self.info.flops_per_token * num_tokens
@@ -317,7 +322,7 @@ class Loop:
             step=step, epoch=self.loader.epochs_done() or 0.0, loss=loss, grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"], num_trained_tokens=num_trained, num_tokens=num_tokens,
             seconds=seconds, data_seconds=waited, tokens_per_second=num_tokens / seconds,
-            peak_memory_bytes=self.engine.peak_memory_bytes(), flops=flops,
+            peak_memory_bytes=self.peak_memory, flops=flops,
             mfu=flops / seconds / peak if peak else 0.0, skipped=skipped, extra=extra,
         )
         self._tell("on_step", record)
