@@ -23,8 +23,8 @@ def apply(model: PreTrainedModel, kind: str, context_fn: Any = None) -> int:
 
     none: no block. full: every block. selective: the lower half of the blocks that a gradient reaches, so about half of
     what full saves for half of its work. Which half matters: the upper blocks' activations are free again by the time
-    when the lower ones are recomputed. Choosing by operation (keeping matrix products, recomputing what is cheap) would
-    save nothing where norms, activations and their products are single nodes: these keep less than the products' results.
+    when the lower ones are recomputed. Choosing by operation (keeping matrix products, recomputing what is cheap) should
+    save little where norms, activations and their products are single nodes, which keep less than the products' results.
 
     `context_fn` is torch.utils.checkpoint's. ModelError where the model has no blocks that can be recomputed.
     """
