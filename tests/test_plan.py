@@ -127,13 +127,15 @@ def test_the_page_opens_with_a_config_that_makes_the_same_run(stated, tmp_path):
     assert load_run([], file) == found.run
 
 
-def test_the_verb_prints_every_part(stated, capsys):
+def test_the_verb_prints_every_part(stated, tmp_path, capsys):
     assert main(["plan", *(f"{key}={json.dumps(value)}" for key, value in stated.items())]) == 0
     out = capsys.readouterr().out
     titles = [line for line in out.splitlines() if line and not line.startswith(" ") and ":" not in line]
     assert titles[1:] == ["Parameters", "Data", "Steps", "Computed", "Memory (cpu)", "Time", "Disk"] or "Look at" in titles
     assert "11 steps of 6 examples (3 x 2)" in out and "5 examples for evaluation" in out
-    assert "given by the test" in out
+    assert "the whole model with random weights" in out  # the one test that starts a trial's process
+    told = json.loads((tmp_path / "runs" / "r" / "plan.json").read_text())
+    assert told["seconds_per_step"] > 0 and told["settings"]["train.micro_batch"] == 3
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from deltune.commands.estimate import Memory, Time
     from deltune.commands.survey import MicroBatches, Survey
+    from deltune.commands.trial import Trial
     from deltune.settings import Run
 
 NUM_REMEDIES = 3
@@ -44,22 +45,26 @@ class Plan:
     free: float
     time: Time | None
     unknown: str
+    trial: Trial | None  # None where none was asked for, or `not_tried` says why
+    not_tried: str
     disk: dict[str, float]
 
 
 def main(words: list[str], file: Path | None) -> int:
     """The verb."""
+    from deltune.commands import foretold
     from deltune.settings import load_run
 
     run = load_run(words, file)
     log.set_up()
-    plan = make(run)
+    plan = make(run, trial=True)
     print("\n".join(page(plan)))
+    foretold.write(run, plan)
     return 0
 
 
-def make(run: Run) -> Plan:
-    """Work out a run. Raises what training would raise before its first step, as far as no weights are needed for it."""
+def make(run: Run, *, trial: bool = False, clock: str = "perf_counter") -> Plan:
+    """Work out a run; with `trial` time and memory are tried as well, in some seconds (by a clock of the module time). Raises what training would raise before its first step, as far as no weights are needed for it."""
     import torch
 
     from deltune.adapters.rules import gradient_rules, lr_ratios
@@ -92,7 +97,19 @@ def make(run: Run) -> Plan:
     except CostUnknown as error:
         unknown = str(error)
     free, disk = estimate.free_memory(device), estimate.disk_of(run, model, num_steps)
-    return Plan(run, settled_run.model.recompute, model, found, shapes, settled.why_padded, num_steps, device, memory, free, time, unknown, disk)
+    tried, not_tried = None, ""
+    if trial and memory is not None and time is not None:
+        from deltune.commands.trial import CannotTry, measure
+
+        try:
+            tried = measure(run, model, found, recompute=settled_run.model.recompute, num_steps=num_steps, seconds=time.step, need=memory.most, free=free, clock=clock)
+            time = replace(time, step=tried.step)
+        except CannotTry as error:
+            not_tried = str(error)
+    return Plan(
+        run, settled_run.model.recompute, model, found, shapes, settled.why_padded, num_steps, device, memory, free, time,
+        unknown, tried, not_tried, disk,
+    )  # fmt: skip
 
 
 def steps_of(run: Run, found: Survey, shapes: MicroBatches) -> int:
@@ -219,7 +236,9 @@ def memory(plan: Plan) -> list[str]:
     rows.append(["together, at the worst moment", written(found.least)])
     lines = aligned(rows)
     if found.heap:
-        lines.append(f"the C library's heap can keep up to {written(found.heap)} more, so at most {written(found.most)}")
+        lines.append(f"the C library's heap can keep up to {written(found.heap)} more, so about {written(found.most)}")
+    if plan.trial is not None and plan.trial.peak is not None:
+        lines.append(f"largest resident size while it trains: {written(plan.trial.peak)} ({plan.trial.told()})")
     lines.append(f"free here: {written(plan.free)}")
     return lines
 
@@ -235,7 +254,11 @@ def time(plan: Plan) -> list[str]:
         lines[0] += f", {found.num_evaluations} evaluations of {duration(found.evaluation)}"
     if plan.run.eval.exact_match and found.num_evaluations:
         lines.append("not counted: generating the answers that eval.exact_match compares")
-    lines.append(f"an estimate, right within a factor of two; the device: {found.speed.origin}")
+    if plan.trial is not None:
+        return [*lines, f"a step: {plan.trial.told()}"]
+    if plan.not_tried:
+        lines.append(f"not tried: {plan.not_tried}")
+    lines.append(f"an estimate, right within a factor of two or three; the device: {found.speed.origin}")
     return lines
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deltune.training.callbacks import Callback, Outcome, RunInfo, Sample, StepRecord
     from deltune.training.loop import Loop
     from deltune.training.loss import ForwardStep
+    from deltune.training.state import Saver
 
 
 def main(words: list[str], file: Path | None) -> int:
@@ -97,6 +98,7 @@ class Session:
         self.run, self.engine = run, engine
         self.forward_step, self.eval_step, self.task_print = forward_step, eval_step, task_print
         self.last_eval: tuple[int, dict[str, float]] | None = None
+        self.foretold: dict[str, dict[str, float]] = {}  # and found, for each quantity that plan told of
 
     def go(self, callbacks: Sequence[Callback]) -> Outcome:
         began = time.perf_counter()
@@ -107,6 +109,7 @@ class Session:
             loop = self.build_loop()
             self.start(loop)
             stopped_by = loop.run()
+            self.compare(loop)
             outcome = self.finish(loop, stopped_by, time.perf_counter() - began)
             for callback in self.callbacks:
                 callback.on_end(outcome)
@@ -140,8 +143,9 @@ class Session:
         if not dist.is_main():
             self.data = prepare(self.run.data, self.tokenizer, folder=None)
 
-    def load_model(self) -> None:
-        """Weights in place, and it is settled which of them move, and how batches are made for them."""
+    def load_model(self, depth: int | None = None) -> None:
+        """Weights in place, and it is settled which of them move, and how batches are made for them. With `depth` random
+        weights of so many blocks."""
         from deltune.commands import arithmetic
         from deltune.commands.batching import of_run
         from deltune.models.head import described
@@ -150,7 +154,7 @@ class Session:
 
         run = self.run
         self.fast = run.fast == "auto"
-        model = load(run.model, device="cpu", seed=run.seed, fast=self.fast)
+        model = load(run.model, device="cpu", seed=run.seed, fast=self.fast, depth=depth)
         check_pair(model.config, self.tokenizer)
         self.engine.compute_in(arithmetic.of_run(run, model, self.engine.device))
         if run.adapter is None:
@@ -187,30 +191,38 @@ class Session:
 
         from deltune.adapters.attach import extra_loss
         from deltune.adapters.rules import gradient_rules, lr_ratios
-        from deltune.commands import batching
         from deltune.optim.build import build_optimizer
         from deltune.optim.groups import parameter_groups
         from deltune.optim.schedules import schedule
-        from deltune.training.checkpoints import CheckpointStore
         from deltune.training.loop import Loop
         from deltune.training.loss import LossStep
-        from deltune.training.state import Saver
 
         run, engine = self.run, self.engine
-        loader = batching.loader(run, self.data.train, self.batching.name, self.tokenizer.pad_token_id, rank=engine.rank, world_size=engine.world_size)
+        loader = self.loader()
         num_steps = run.train.steps or loader.num_steps(run.train.epochs or 1.0)
         ratios = lr_ratios(self.model, run.optim.rule, run.optim.rule_ratio)
         optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), run.optim, ratios), run.optim)
         self.schedules, rates = self.over_time(optimizer, lambda steps: schedule(run.schedule, steps), num_steps)
-        store = CheckpointStore(run.folder / "checkpoints", run.checkpoint.save_total_limit)
         return Loop(
             self.model, loader=loader, optimizer=optimizer, schedule=rates, engine=engine,
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
-            max_grad_norm=run.optim.max_grad_norm, saver=Saver(store, self.schedules),
+            max_grad_norm=run.optim.max_grad_norm, saver=self.saver(),
             evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
             forward_step=self.forward_step or LossStep(self.head), log_every=run.log.every, schedules=self.schedules,
             extra_loss=partial(extra_loss, self.model), gradient_rules=gradient_rules(self.model, run.optim.rule),
         )
+
+    def loader(self) -> Any:
+        from deltune.commands import batching
+
+        engine = self.engine
+        return batching.loader(self.run, self.data.train, self.batching.name, self.tokenizer.pad_token_id, rank=engine.rank, world_size=engine.world_size)
+
+    def saver(self) -> Saver | None:
+        from deltune.training.checkpoints import CheckpointStore
+        from deltune.training.state import Saver
+
+        return Saver(CheckpointStore(self.run.folder / "checkpoints", self.run.checkpoint.save_total_limit), self.schedules)
 
     def over_time(self, optimizer: Any, make: Callable[[int], Any], num_steps: int) -> tuple[list[Any], Callable[[int], float]]:
         """What the adapter does over time, and the learning rate's factor at each step."""
@@ -354,6 +366,14 @@ class Session:
         answers = self.answers if self.run.eval.exact_match else self.generate(limit=count)[1]
         return [{k: answer[k] for k in ("prompt", "reference", "prediction")} for answer in answers[:count]]
 
+    def compare(self, loop: Loop) -> None:
+        """With what plan foretold of this run, if it did."""
+        from deltune.commands import foretold
+
+        self.foretold = foretold.compared(self.run, loop)
+        if self.foretold:
+            loop.event(foretold.text(self.foretold))
+
     # -- after the last step ----------------------------------------------------------------------------------------
 
     def finish(self, loop: Loop, stopped_by: str, seconds: float) -> Outcome:
@@ -407,7 +427,7 @@ class Session:
             "step": outcome.step, "stopped_by": outcome.stopped_by, "best_step": outcome.best_step,
             "best_metric": outcome.best_metric, "metrics_before": outcome.metrics_before,
             "metrics_after": outcome.metrics_after, "seconds": outcome.seconds, "loss_chain": loop.progress.loss_chain,
-            "num_steps_asked": [self.run.train.steps, self.run.train.epochs],
+            "foretold": self.foretold, "num_steps_asked": [self.run.train.steps, self.run.train.epochs],
         }
         write_json(folder / "completed.json", facts)
         if self.run.log.report:

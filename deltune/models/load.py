@@ -22,16 +22,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0, fast: bool = True) -> PreTrainedModel:
+def load(
+    config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0, fast: bool = True, depth: int | None = None
+) -> PreTrainedModel:  # fmt: skip
     """The model in eval mode, all parameters trainable, on `device`.
 
     `seed` draws the weights of `start=random`, the same ones whatever was drawn before. Not `fast`: attention=auto is
-    transformers' own choice. Raises ModelError.
+    transformers' own choice. `depth` cuts it to so many of its lowest blocks with random weights, and opens no weight
+    file. Raises ModelError.
     """
     where = f"model.path={config.path}"
-    folder = folders.find(config.path, config.revision, weights=config.start == "pretrained")
+    drawn = config.start == "random" or depth is not None
+    folder = folders.find(config.path, config.revision, weights=not drawn)
     architecture = read_config(folder, where)
-    if config.start == "random":
+    if depth is not None:
+        cut(architecture, depth)
+    if drawn:
         model = _draw(architecture, folder, config, where, seed)
     else:
         model = _read(architecture, folder, config, where)
@@ -39,6 +45,16 @@ def load(config: ModelConfig, *, device: torch.device | str = "cpu", seed: int =
     if config.recompute in ("selective", "full"):
         recompute.apply(model, config.recompute)
     return model.eval().to(device)
+
+
+def cut(architecture: PretrainedConfig, depth: int) -> None:
+    """Leave a model's configuration so many of its lowest blocks, and every list with an entry for each block as many entries."""
+    text = architecture.get_text_config()
+    blocks = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == blocks and blocks > 1:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
 
 
 def empty(config: ModelConfig, *, fast: bool = True) -> PreTrainedModel:
