@@ -68,7 +68,7 @@ def packing(rows: str) -> Case:
             "trl, packing": Candidate("trl", {"packing": True, "length_override": 1024, "micro_batch_override": 1}, equal_to=None),
         },
         (speed(PEFT, 3.0), speed("peft, packed", 1.8), speed("trl, packing", 3.0)),
-        micro_batch=8, rows=rows, steps=2, rounds=5 if rows == "lognormal" else 3,
+        micro_batch=8, rows=rows, rounds=5 if rows == "lognormal" else 3,
     )  # fmt: skip
 
 
