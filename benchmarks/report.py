@@ -63,7 +63,7 @@ def summary(result: dict[str, Any]) -> str:
     rows = rows_of(result)
     failed = [name for name, record in result["cases"].items() if record["failed"]]
     met, missed = (sum(row["met"] is value for _, row in rows) for value in (True, False))
-    text = f"{met} of {len(rows)} targets met, {missed} missed, {len(rows) - met - missed} not measured; {result['seconds']:.0f} s"
+    text = f"{met} of {len(rows)} targets met, {missed} missed, {len(rows) - met - missed} not measured; {sum(record.get('seconds', 0) for record in result['cases'].values()):.0f} s"
     return text + (f"; FAILED equality: {', '.join(failed)}" if failed else "; all losses agree")
 
 
@@ -73,7 +73,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# Benchmark ({result['suite']}{', toy sizes: proves that it runs, measures nothing' if result['toy'] else ''})", "", summary(result) + ".", "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {', '.join(machine['features']) or 'no features read'}, {machine['system']}, "
-        f"Python {machine['python']}; {versions}; commit {machine['commit']}; load before {result['load_before']}, after {result['load_after']}; "
+        f"Python {machine['python']}; {versions}; "
         f"matrix products at {', '.join(f'{v:.0f} GFLOP/s ({k})' for k, v in result['gemm_gflops'].items()) or 'not measured'}. One thread a candidate; times are CPU seconds"
         f"{' or seconds of CUDA events' if result['suite'] == 'gpu' else ''}, medians over rounds shuffled; tokens without padding.", "",
         "| case | what | ours | against | measured | target | |", "|---|---|---|---|---|---|---|",
@@ -83,13 +83,13 @@ def markdown(result: dict[str, Any]) -> str:
         found = "" if row["measured"] is None else f"{row['measured']:.3g}"
         lines.append(f"| {name} | {row['what']} | {row['ours']} | {row['peer']} | {found} | {sign} {row['target']} | {met_text(row)} |")
     for name, record in result["cases"].items():
-        lines += ["", f"## {name}: {record['title']}", ""]
+        lines += ["", f"## {name}: {record['title']}", "", told(record), ""]
         if "not_there" in record:
             lines.append(record["not_there"])
             continue
         if record["candidates"]:
             setting = record["setting"]
-            lines += [f"{setting['dtype']}, {setting['micro_batch']} x {setting['length']}, rank {setting['rank']}, {setting['rounds']} rounds of {setting['steps']} step(s); {record.get('seconds', 0):.0f} s.", "",
+            lines += [f"{setting['dtype']}, {setting['micro_batch']} x {setting['length']}, rank {setting['rank']}, {setting['rounds']} rounds of {setting['steps']} step(s).", "",
                       "| candidate | s/step | useful tokens/s | MFU | transient MB | first step s | before it s | loss differs by |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for label, row in record["candidates"].items():
             apart = record.get("loss_distance", {}).get(label)
@@ -109,9 +109,26 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def told(record: dict[str, Any]) -> str:
+    """When and beside what a case was measured."""
+    before, after = ((" ".join(map(str, one))) for one in record["load"])
+    return f"Commit {record['commit']}; {record.get('seconds', 0):.0f} s; load averages {before} before, {after} after."
+
+
+def name_of(gpu: bool, toy: bool) -> str:
+    """A toy or a card's run has names of its own."""
+    return "suite" + ("_gpu" if gpu else "") + ("_toy" if toy else "")
+
+
+def kept(folder: Path, gpu: bool, toy: bool) -> dict[str, Any]:
+    """The cases of an earlier result."""
+    file = folder / f"{name_of(gpu, toy)}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+
+
 def write(result: dict[str, Any], folder: Path) -> None:
-    """suite.json, suite.md and the plots; a toy or a card's run has names of its own."""
-    name = "suite" + ("_gpu" if result["suite"] == "gpu" else "") + ("_toy" if result["toy"] else "")
+    """suite.json, suite.md and the plots."""
+    name = name_of(result["suite"] == "gpu", result["toy"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown(result), encoding="utf-8")

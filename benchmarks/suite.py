@@ -1,7 +1,7 @@
 """The benchmark that cannot flatter: ours and the peers alternate in one run, and no time counts before their losses agree.
 
     python -m benchmarks.suite                        every CPU case, one thread, within 25 minutes (make bench)
-    python -m benchmarks.suite --cases C1,C3 --rounds 5
+    python -m benchmarks.suite --cases C1,C3 --rounds 5   the others of an earlier result stay in it
     python -m benchmarks.suite --gpu [--toy]          the cases of one CUDA card (make bench-gpu); --toy: at toy size on the CPU
 
 Each candidate is a process of its own. They all do the equality steps first, then turns in an order shuffled every round.
@@ -272,18 +272,18 @@ def main(words: list[str] | None = None) -> int:
     peers.install(cuda=options.gpu and not options.toy)
     result: dict[str, Any] = {
         "suite": "gpu" if options.gpu else "cpu", "toy": options.toy, "machine": machine.describe(options.gpu), "peers": peers.versions(),
-        "load_before": machine.load(), "cases": {}, "not_there": {k: v for k, v in NOT_THERE.items() if k.startswith("G") == options.gpu},
+        "cases": report.kept(options.out, options.gpu, options.toy) if options.cases else {}, "gemm_gflops": {}, "not_there": {k: v for k, v in NOT_THERE.items() if k.startswith("G") == options.gpu},
     }  # fmt: skip
     suite = Suite(toy=options.toy, cuda=options.gpu, rounds=options.rounds)
-    began = time.perf_counter()
     try:
         for name in names:
             print(f"{name}: {TITLES[name] if name in PARTS else cases[name].title} ...", flush=True)
+            load = machine.load()
             record = run_part(name, options.rounds, options.toy, result["cases"]) if name in PARTS else suite.run(name, cases[name])
-            result["cases"][name] = record
+            record |= {"commit": result["machine"]["commit"], "load": [load, machine.load()]}
+            result["cases"] = {k: v for k, v in sorted((result["cases"] | {name: record}).items(), key=lambda item: _order(item[0]))}
             print(report.case_text(name, record), flush=True)
-            result |= {"seconds": time.perf_counter() - began, "load_after": machine.load(),
-                       "gemm_gflops": {" ".join(k): v / 1e9 for k, v in suite.peaks.items()}}  # fmt: skip
+            result["gemm_gflops"] |= {" ".join(k): v / 1e9 for k, v in suite.peaks.items()}
             report.write(result, options.out)  # as they come: a run that is cut short leaves what it has
     finally:
         suite.close()

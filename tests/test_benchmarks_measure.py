@@ -102,11 +102,11 @@ def made(failed: list[str]) -> dict:
     row = Timed([1.0], [1.0], [100], [5], [2.0], 1.5, 0.1).row(1e9, 1e12, 1)
     record = {
         "title": "a case", "failed": failed, "absent": {"litgpt": "does not import"}, "candidates": {"ours": row, "peft": row},
-        "targets": [verdict(Target("speed", "ours", "peft", 1.3), 1.4)], "seconds": 1.0,
+        "targets": [verdict(Target("speed", "ours", "peft", 1.3), 1.4)], "seconds": 1.0, "commit": "0123456789ab", "load": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
         "setting": {"dtype": "bfloat16", "micro_batch": 2, "length": 16, "rank": 4, "rounds": 1, "steps": 1},
     }  # fmt: skip
     machine = {"processor": "a processor", "features": [], "cores": 2, "system": "Linux", "python": "3", "versions": {}, "commit": None}
-    return {"suite": "cpu", "toy": False, "machine": machine, "peers": {}, "load_before": [0], "load_after": [0], "seconds": 1.0,
+    return {"suite": "cpu", "toy": False, "machine": machine, "peers": {},
             "gemm_gflops": {}, "not_there": {"C7": "why"}, "cases": {"C1": record}}  # fmt: skip
 
 
@@ -116,6 +116,9 @@ def test_a_result_says_what_was_met_and_what_was_absent(tmp_path):
     assert "| C1 | speed | ours | peft | 1.4 | >= 1.3 | met |" in text
     assert "litgpt: does not import" in text
     assert "C7 (why)" in text
+    assert "Commit 0123456789ab; 1 s; load averages 0.1 0.2 0.3 before, 0.4 0.5 0.6 after." in text
+    assert report.kept(tmp_path, gpu=False, toy=False).keys() == {"C1"}
+    assert report.kept(tmp_path, gpu=True, toy=False) == {}
     assert json.loads((tmp_path / "suite.json").read_text())["cases"]["C1"]["targets"][0]["met"] is True
     assert (tmp_path / "suite_speed.png").stat().st_size > 1000
 
