@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltune.commands import fast
 from deltune.commands.arithmetic import meant, of_run
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
 from deltune.engines import resident
@@ -49,14 +50,8 @@ def shapes_of(run: Run) -> PreTrainedModel:
         from deltune.adapters.attach import attach
 
         attach(model, run.adapter)
-        if run.fast == "auto":
-            from deltune.adapters.fused import fuse
-
-            fuse(model)
     if run.fast == "auto":
-        from deltune.models.lean import make_lean
-
-        make_lean(model)
+        fast.put(model, adapted=run.adapter is not None)
     return model
 
 
@@ -65,6 +60,10 @@ def shapes_for(run: Run, found: Survey, batching: str) -> MicroBatches:
     grouped or padded, as `commands.batching` settles it."""
     size = min(run.train.micro_batch, found.examples_per_epoch)
     return micro_batches(found, size, batching=batching, capacity=run.train.micro_batch_tokens)
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def trained_bytes(model: torch.nn.Module) -> int:
@@ -99,9 +98,8 @@ def memory_of(run: Run, model: PreTrainedModel, shapes: MicroBatches, device: to
         accumulate=run.train.accumulate > 1, fast=run.fast == "auto",
         lengths=shapes.largest if shapes.batching == "packed" else None,
     )  # fmt: skip
-    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    parts: dict[str, float] = {"weights": stored, "optimizer state": state_bytes(parameters, run.optim)}
+    parts: dict[str, float] = {"weights": stored_bytes(model), "optimizer state": state_bytes(parameters, run.optim)}
     parts |= {name.replace("_", " "): size for name, size in account.parts.items()}
     if device.type == "cpu":
         parts["program"] = held_now()

@@ -204,8 +204,8 @@ def steps(plan: Plan) -> list[str]:
 
 def computed(plan: Plan) -> list[str]:
     """What the settings that choose by themselves come to, what is computed together, and why the rest is not."""
-    from deltune.adapters import fused
-    from deltune.models import head, lean
+    from deltune.commands import fast
+    from deltune.models import head
 
     asked = plan.run.model.gradient_checkpointing
     lines = [
@@ -219,10 +219,7 @@ def computed(plan: Plan) -> list[str]:
     lines.append(f"loss: {head.describe(plan.model)}")
     if plan.run.engine.compile:
         return [*lines, "blocks: compiled, in their plain forms"]
-    lines += [f"model: {line}" for line in lean.told(lean.make_lean(plan.model))]
-    if plan.run.adapter is not None:
-        lines += [f"adapters: {line}" for line in fused.told(fused.fuse(plan.model))]
-    return lines
+    return [*lines, *fast.put(plan.model, adapted=plan.run.adapter is not None)]
 
 
 def memory(plan: Plan) -> list[str]:

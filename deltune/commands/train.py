@@ -146,7 +146,7 @@ class Session:
     def load_model(self, depth: int | None = None) -> None:
         """Weights in place, and it is settled which of them move, and how batches are made for them. With `depth` random
         weights of so many blocks."""
-        from deltune.commands import arithmetic
+        from deltune.commands import arithmetic, fast
         from deltune.commands.batching import of_run
         from deltune.models.head import described
         from deltune.models.load import check_pair, load
@@ -169,22 +169,12 @@ class Session:
 
             logger.info("%s", compile_blocks(self.model, self.engine.device))
         elif self.fast:
-            self.fuse()
+            for line in fast.put(self.model, adapted=run.adapter is not None):
+                logger.info("%s", line)
         self.parameter_table = parameter_table(self.model)
         self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
         self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
-
-    def fuse(self) -> None:
-        """Norms, rotary embeddings and adapted layers in one node where they can be."""
-        from deltune.adapters import fused
-        from deltune.models import lean
-
-        for line in lean.told(lean.make_lean(self.model)):
-            logger.info("model: %s", line)
-        if self.run.adapter is not None:
-            for line in fused.told(fused.fuse(self.model)):
-                logger.info("adapters: %s", line)
 
     def build_loop(self) -> Loop:
         from functools import partial

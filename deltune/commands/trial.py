@@ -18,6 +18,7 @@ from itertools import combinations, pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from deltune.commands.estimate import stored_bytes
 from deltune.commands.train import Session
 from deltune.engines import resident
 from deltune.engines.engine import Engine
@@ -133,10 +134,6 @@ def at(works: Sequence[float], values: Sequence[float], work: float) -> float:
     slopes = [(b - a) / (y - x) for (x, a), (y, b) in combinations(zip(works, values, strict=True), 2) if x != y]
     slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
     return statistics.median(value + slope * (work - x) for x, value in zip(works, values, strict=True))
-
-
-def stored_bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 # -- one depth --------------------------------------------------------------------------------------------------
