@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 
 import deltune
@@ -25,7 +24,7 @@ from deltune.models.cost import Speed
 from deltune.settings import Run, load_run, run_from
 from tests.conftest import ROOT
 from tests.encoded import write_rows
-from tests.tiny import tiny_config, tiny_tokenizer
+from tests.tiny import refuse_weight_files, tiny_config, tiny_tokenizer
 
 
 def rows(number, seed=0):
@@ -80,10 +79,7 @@ def test_training_does_what_the_plan_says(stated, tmp_path):
 
 
 def test_no_weight_is_opened(stated, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a weight file was opened")
-
-    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    refuse_weight_files(monkeypatch)
     with_weights = text_of(plan.make(run_from(stated)))
     folder = without_weights(tmp_path / "shapes")
     without = text_of(plan.make(run_from(stated | {"model.path": folder})))

@@ -6,7 +6,6 @@ import json
 import sys
 
 import pytest
-import safetensors
 
 import deltune
 from deltune.commands import estimate, foretold, plan, trial
@@ -15,6 +14,7 @@ from deltune.models.cost import Speed
 from deltune.settings import run_from
 from tests.encoded import write_rows
 from tests.test_plan import rows, without_weights
+from tests.tiny import refuse_weight_files
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_values_go_on_in_a_straight_line_and_outliers_do_not_count():
 
 
 def test_two_depths_are_tried_without_a_weight_file_or_a_folder(stated, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("a weight file was opened"))
+    refuse_weight_files(monkeypatch)
     found = measured(stated | {"model.start": "pretrained"}, seconds=1.0)
     assert found.depths == (1, 4) and [one.depth for one in here] == [1, 4] and found.whole == 6
     assert found.step > 0 and not (tmp_path / "runs").exists()

@@ -58,3 +58,17 @@ def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
     tiny_model(seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def refuse_weight_files(monkeypatch) -> None:
+    """Have the test fail if a weight file is opened. What imports the opener by name is patched by name: imported first
+    while it is patched, it would keep the refusal for every later test."""
+    import safetensors
+    import transformers.modeling_layers
+    import transformers.modeling_utils
+
+    def refuse(*_, **__):
+        raise AssertionError("a weight file was opened")
+
+    for module in (safetensors, transformers.modeling_utils, transformers.modeling_layers):
+        monkeypatch.setattr(module, "safe_open", refuse)
