@@ -145,7 +145,7 @@ def reads_in_package() -> set[tuple[str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 returns[node.name] |= named(node.returns)
-            elif isinstance(node, ast.ClassDef) and path.name not in ("config.py", "settings.py"):
+            elif isinstance(node, ast.ClassDef) and path.name != "config.py" and path.parent.name != "settings":
                 for line in node.body:
                     if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                         attributes[line.target.id] |= named(line.annotation)

@@ -26,7 +26,7 @@ FLOORS = {
     "cli": 4, "__init__": 4,
 }  # fmt: skip
 HEAVY = {"transformers", "peft", "matplotlib", "tensorboard", "pyarrow", "hydra", "rich"}
-TORCH_FREE = ("cli.py", "settings.py", "errors.py", "log.py", "dist.py", "config/*.py", "**/config.py", "commands/list.py", "__init__.py")
+TORCH_FREE = ("cli.py", "settings/*.py", "errors.py", "log.py", "dist.py", "config/*.py", "**/config.py", "commands/list.py", "__init__.py")
 
 
 def name_of(path: Path) -> str:
@@ -103,7 +103,7 @@ def test_a_room_imports_only_what_lies_below(path):
         ("data/config.py", "deltune.config.fields.option", True), ("data/config.py", "deltune.errors.DataError", False),
         ("training/loop.py", "deltune.engines.engine.Engine", True), ("training/loop.py", "deltune.adapters.attach", False),
         ("training/loop.py", "deltune.evaluation.lm", False), ("evaluation/lm.py", "deltune.adapters.attach", True), ("weights.py", "deltune.log.logger", False),
-        ("weights.py", "deltune.errors.ModelError", True), ("commands/train.py", "deltune.settings.Run", True), ("settings.py", "deltune.cli.main", False),
+        ("weights.py", "deltune.errors.ModelError", True), ("commands/train.py", "deltune.settings.Run", True), ("settings/run.py", "deltune.cli.main", False),
         ("config/check.py", "deltune.settings.Run", False), ("cli.py", "deltune.commands.launch", True), ("commands/list.py", "deltune.cli.VERBS", False),
     ],
 )  # fmt: skip

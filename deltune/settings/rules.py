@@ -1,0 +1,162 @@
+"""The rules that hold between the sections of a training run.
+
+Every rule refuses a setting that would have no effect. A value that merely asks for nothing (a count of 0, `false`)
+is never refused, so that one file can serve several runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from deltune.errors import ConfigError
+from deltune.models.config import ModelConfig
+from deltune.optim.schedules import schedule as build_schedule
+
+if TYPE_CHECKING:
+    from deltune.settings.run import Run
+
+SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
+METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
+NAME = re.compile(r"\w[\w.+=-]{0,199}")
+
+
+def changed(value: Any, key: str) -> bool:
+    """Whether a section's field differs from its default."""
+    field = next(field for field in fields(value) if field.name == key)
+    default = field.default if field.default is not MISSING else field.default_factory()
+    return getattr(value, key) != default
+
+
+def _whole_if_count(key: str, value: float) -> Iterator[str]:
+    if value >= 1 and value != int(value):
+        yield f"{key} from 1 on is a count, so it must be a whole number"
+
+
+def length_rules(run: Run) -> Iterator[str]:
+    train = run.train
+    if train.steps is not None and train.epochs is not None:
+        yield "train.steps cannot be given together with train.epochs: set one of them to null"
+    if train.nonfinite == "stop" and changed(train, "max_nonfinite"):
+        yield "train.max_nonfinite has no effect with train.nonfinite=stop; choose skip or rollback"
+    if run.engine.name == "ddp" and run.engine.backend == "nccl" and run.engine.device in ("cpu", "mps"):
+        yield f"engine.backend needs CUDA, and engine.device is {run.engine.device}; gloo fits"
+
+
+def optimizer_rules(run: Run) -> Iterator[str]:
+    optim, schedule = run.optim, run.schedule
+    if optim.lr_scales and optim.lr_values:
+        yield "optim.lr_scales cannot be given together with optim.lr_values: both set the rate of single parameters"
+    if optim.rule != "lora_plus" and changed(optim, "rule_ratio"):
+        yield f"optim.rule_ratio has no effect with optim.rule={optim.rule}; it belongs to lora_plus"
+    if optim.rule != "none":
+        from deltune.adapters.legal import rule_problem
+
+        problem = rule_problem(run.adapter, optim.rule)
+        if problem:
+            yield f"optim.{problem}"
+    if optim.weight_decay == 0 and changed(optim, "no_decay"):
+        yield "optim.no_decay has no effect while optim.weight_decay is 0"
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        yield "optim.nesterov needs optim.momentum above 0"
+    if schedule.auto_warmup_steps == 0 and changed(schedule, "auto_warmup_rate"):
+        yield "schedule.auto_warmup_rate has no effect while schedule.auto_warmup_steps is 0"
+    yield from _whole_if_count("schedule.warmup", schedule.warmup)
+    if run.train.steps is not None:  # with epochs the number of steps is known once the data is
+        try:
+            build_schedule(schedule, run.train.steps)
+        except ConfigError as error:
+            yield re.sub(r"=[^:]*:", "", str(error), count=1)  # "key=value: text" to "key text"
+    if schedule.name == "wsd":
+        yield from _whole_if_count("schedule.decay", schedule.decay)
+
+
+def model_rules(run: Run) -> Iterator[str]:
+    model = run.model
+    if run.adapter is not None:
+        for key in ("enable", "disable"):
+            if getattr(model, key):
+                yield f"model.{key} chooses among the model's own weights, which an adapter leaves frozen: use adapter=null, or adapter.modules_to_save"
+    yield from revision_rule(model)
+
+
+def revision_rule(model: ModelConfig) -> Iterator[str]:
+    if model.revision is not None and (model.path == "bundled" or os.path.isdir(model.path)):
+        yield f"model.revision has no effect: model.path={model.path} is not a hub id"
+
+
+def data_rules(run: Run) -> Iterator[str]:
+    data = run.data
+    if not data.train:
+        yield "data.train needs at least one file"
+    if data.eval and data.eval_size:
+        yield "data.eval_size has no effect, since data.eval is given"
+    yield from _whole_if_count("data.eval_size", data.eval_size)
+    for key in ("max_source_length", "max_target_length"):
+        limit = getattr(data, key)
+        if limit is not None and limit >= data.max_length:
+            yield f"data.{key} has no effect: it must be below data.max_length, which is {data.max_length}"
+    if data.mode == "pretrain":
+        for key in ("max_source_length", "max_target_length", "train_on_source"):
+            if changed(data, key):
+                yield f"data.{key} has no effect with data.mode=pretrain, which trains every token"
+    tokens = run.train.micro_batch_tokens
+    if tokens is not None:
+        if data.batching in ("grouped", "padded"):
+            yield f"train.micro_batch_tokens needs packed batches: data.batching=auto or packed, not {data.batching}"
+        if changed(run.train, "micro_batch"):
+            yield "train.micro_batch cannot be given together with train.micro_batch_tokens: a micro-batch is filled by examples or by tokens"
+        if data.max_length > tokens:
+            yield f"data.max_length must be at most train.micro_batch_tokens={tokens}: a micro-batch holds whole examples only"
+    if data.streaming:
+        if data.batching == "grouped":
+            yield "data.batching cannot be grouped with data.streaming, which does not know the lengths of all rows beforehand"
+        if data.eval_size:
+            yield "data.eval_size needs all rows, which data.streaming does not know beforehand: name a file in data.eval"
+        if run.train.steps is None:
+            yield "train.steps must be given with data.streaming: the number of rows is not known beforehand"
+        if not data.eval and data.cache not in ("auto", None):
+            yield "data.cache has no effect with data.streaming, which keeps no tokens"
+        if not data.shuffle and changed(data, "stream_block"):
+            yield "data.stream_block has no effect with data.shuffle=false"
+    elif changed(data, "stream_block"):
+        yield "data.stream_block has no effect without data.streaming"
+
+
+def evaluation_rules(run: Run) -> Iterator[str]:
+    settings = run.eval
+    if not run.data.eval and not run.data.eval_size:
+        for key in ("every", "micro_batch", "exact_match", "max_new_tokens", "metric", "direction", "patience", "min_delta"):
+            if changed(settings, key):
+                yield f"eval.{key} has no effect without evaluation data: give data.eval or data.eval_size"
+        if run.data.eval_read_nums is not None:
+            yield "data.eval_read_nums has no effect without evaluation data: give data.eval or data.eval_size"
+        return
+    if settings.patience is not None and settings.every is None:
+        yield "eval.patience counts evaluations, so it needs eval.every"
+    if not settings.exact_match and settings.samples == 0 and changed(settings, "max_new_tokens"):
+        yield "eval.max_new_tokens has no effect: nothing is generated with eval.exact_match=false and eval.samples=0"
+    if settings.metric == "exact_match" and not settings.exact_match:
+        yield "eval.metric is only measured with eval.exact_match=true"
+    if settings.metric not in METRICS and settings.direction == "auto":
+        known = ", ".join(METRICS)
+        yield f"eval.direction must be min or max for eval.metric={settings.metric}; auto knows {known}"
+
+
+def record_rules(run: Run) -> Iterator[str]:
+    log = run.log
+    if run.name is not None and not NAME.fullmatch(run.name):
+        yield "name must be a plain folder name: letters, digits and . _ + = -, not starting with a sign, at most 200"
+    from deltune.config.suggest import closest
+    from deltune.training.sinks import SINKS
+
+    for sink in log.sinks:
+        if sink not in SINKS:
+            yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, list(SINKS))}"
+    if changed(log, "project") and not set(log.sinks) & set(SINKS_WITH_PROJECT):
+        yield f"log.project has no effect: none of {', '.join(SINKS_WITH_PROJECT)} is in log.sinks"
+    if log.progress in ("bar", "off") and changed(log, "lines_every_seconds"):
+        yield f"log.lines_every_seconds has no effect with log.progress={log.progress}"

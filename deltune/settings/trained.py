@@ -1,0 +1,29 @@
+"""What every verb that uses a trained model is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltune.config.fields import option, section
+from deltune.engines.config import Single
+from deltune.models.config import ModelConfig
+from deltune.settings.rules import revision_rule
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The base model, and what a run made of it."""
+
+    run: str | None = option(None, "A run's folder: model, adapter and the way prompts are written come from it.")
+    model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
+    adapter: str | None = option(None, "Folder of an adapter, or of the run that made it; null uses the model as it is.")
+    engine: Single = section(Single, "Device and precision.")
+
+    def problems(self) -> list[str]:
+        found = list(revision_rule(self.model))
+        for key in ("enable", "disable", "gradient_checkpointing"):
+            if getattr(self.model, key) not in ([], "auto"):
+                found.append(f"model.{key} has no effect: nothing is trained here")
+        if self.engine.compile:
+            found.append("engine.compile has no effect: nothing is trained here")
+        return found
