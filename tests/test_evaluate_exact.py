@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deltune.errors import DataError
-from deltune.evaluation.exact import exact_match, split, wilson_interval
+from deltune.evaluation.exact import exact_match, split
+from deltune.evaluation.statistics import wilson_interval
 from deltune.models.generation import GenerateOptions, generate
 from tests.test_generate_model import chatty
 from tests.tiny import tiny_tokenizer
@@ -107,17 +108,3 @@ def test_ranks_share_the_rows_without_repeating_one(monkeypatch):
     assert [len(part) for part in parts] == [3, 2, 2]
     monkeypatch.setattr("deltune.dist.gather_objects", lambda value: parts)
     assert exact_match(model, TOKENIZER, rows, options) == whole
-
-
-def test_wilson_interval_is_where_the_score_test_just_rejects():
-    """The ends p solve (share - p)² = z² p (1 - p) / n, the definition of the interval."""
-    z = 1.959963984540054
-    for successes, count in [(0, 10), (1, 10), (5, 10), (10, 10), (37, 120)]:
-        for end in wilson_interval(successes, count):
-            assert (successes / count - end) ** 2 == pytest.approx(z * z * end * (1 - end) / count, abs=1e-12)
-
-
-def test_wilson_interval_against_values_worked_out_by_hand():
-    """0 of n ends at z² / (n + z²)."""
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)

@@ -82,8 +82,8 @@ def evaluation_data(settings: EvalSettings, tokenizer: Any) -> Any:
 
 def add_source_scores(sources: dict[str, dict[str, Any]], answers: list[dict[str, Any]]) -> None:
     """Exact match of each source, beside its other metrics."""
-    from deltune.evaluation.exact import wilson_interval
     from deltune.evaluation.lm import source_of
+    from deltune.evaluation.statistics import wilson_interval
 
     for name, metrics in sources.items():
         matches = [answer["match"] for answer in answers if source_of(answer["row"]) == name]

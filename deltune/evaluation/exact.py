@@ -5,7 +5,6 @@ The prompt is every token before the answer as it was tokenised for training, so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,13 @@ import numpy as np
 
 from deltune import dist
 from deltune.errors import DataError
+from deltune.evaluation.statistics import wilson_interval
 from deltune.models.generation import GenerateOptions, context_window, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORE = -100
-Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def exact_match(
@@ -86,11 +85,3 @@ def split(example: Any) -> tuple[list[int], list[int]]:
         )
     ids = [int(i) for i in example.ids]
     return ids[:start], ids[start : int(trained[-1]) + 1]
-
-
-def wilson_interval(successes: int, count: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, 95 % by default (E. B. Wilson, JASA 22, 1927)."""
-    share, square = successes / count, z * z
-    center = (share + square / (2 * count)) / (1 + square / count)
-    half = z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    return max(0.0, center - half), min(1.0, center + half)
