@@ -17,6 +17,7 @@ from deltune.evaluation.statistics import (
     mcnemar,
     mean,
     paired,
+    paired_by_id,
     paired_proportion_interval,
     percentiles,
     proportion,
@@ -201,6 +202,15 @@ def test_a_paired_macro_mean():
     graded = paired([0.5, 0.7, 0.2, 0.4, 0.9, 0.6], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], groups=groups)
     expected = macro_mean([[0.4, 0.5, -0.1, 0.0], [0.4, 0.0]])
     assert (graded.difference, graded.low, graded.high) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+def test_pairs_are_joined_by_id():
+    first, second = {"a": 1, "b": 0, "c": 1}, {"c": 0, "a": 1, "b": 0}
+    assert paired_by_id(first, second) == paired([1, 0, 1], [1, 0, 0])
+    groups = {"c": "z", "b": "y", "a": "y"}
+    assert paired_by_id(first, second, groups=groups) == paired([1, 0, 1], [1, 0, 0], groups=["y", "y", "z"])
+    with pytest.raises(DataError, match=r"2 only in the first \(such as b\) and 1 only in the second \(such as x\)"):
+        paired_by_id(first, {"a": 1, "x": 0})
 
 
 def test_what_cannot_be_averaged_is_refused():

@@ -8,7 +8,7 @@ so that the same items give the same interval. Shapes: n items, k numbers per it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -158,6 +158,27 @@ def paired(
     both = np.concatenate([one, two], axis=1)
     score = bootstrap(both, lambda means: statistic(means[:, :width]) - statistic(means[:, width:]), seed=seed)
     return Paired(score.value, score.low, score.high, _swap_test(one, two, statistic, seed), len(one), better, worse, "permutation")
+
+
+def paired_by_id(
+    first: Mapping[str, float], second: Mapping[str, float], *, groups: Mapping[str, str] | None = None, seed: int = 0
+) -> Paired:
+    """`paired` of values by item id. `groups`, by id too, makes it one of macro means. DataError where ids differ."""
+    require_same_ids(first, second)
+    ids = list(first)
+    names = None if groups is None else [groups[i] for i in ids]
+    return paired([first[i] for i in ids], [second[i] for i in ids], groups=names, seed=seed)
+
+
+def require_same_ids(first: Mapping[str, object], second: Mapping[str, object]) -> None:
+    """DataError that counts and shows the items which only one side has."""
+    lone = [
+        f"{len(found)} only in the {side} (such as {min(found)})"
+        for side, found in (("first", first.keys() - second.keys()), ("second", second.keys() - first.keys()))
+        if found
+    ]
+    if lone:
+        raise DataError(f"a paired comparison needs the same items on both sides: {' and '.join(lone)}")
 
 
 def _paired_macro(one: np.ndarray, two: np.ndarray, groups: Sequence[str], better: int, worse: int, seed: int) -> Paired:
