@@ -108,3 +108,29 @@ def test_table_of_one_source_has_one_line():
     lines = table({"all": metrics, "sources": {"a.jsonl": metrics}}).split("\n")
     assert len(lines) == 2
     assert lines[1].split() == ["all", "2", "1,234", "0.5000", "1.649", "75.00%"]
+
+
+def test_metrics_of_answers_are_those_of_the_predictions(tiny_folder, files, tmp_path, capsys):
+    from deltune.evaluation.text_metrics import measured
+
+    out, names = tmp_path / "results", ["exact_match", "normalised_match", "f1", "bleu", "rouge"]
+    assert main(words(tiny_folder, files, f"metrics=[{','.join(names)}]", "max_new_tokens=8", f"out={out}")) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().rstrip("\n").split("\n")]
+    for metrics, part in [(found["all"], answers), (found["sources"][str(files[0])], answers[:3])]:
+        expected = measured(names, [a["prediction"] for a in part], [[a["reference"]] for a in part])
+        for name in ("normalised_match", "f1", "bleu", "rouge1", "rouge2", "rougeL"):
+            assert metrics[name] == pytest.approx(expected[name].score.as_dict())
+            assert [a[name] for a in part] == pytest.approx(expected[name].values)
+        assert metrics["exact_match"]["exact_match"] == expected["exact_match"].score.value
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("normalised_match", "bleu", "rougeL"))
+
+
+def test_the_names_of_metrics_are_those_that_exist():
+    from deltune.evaluation.text_metrics import TEXT_METRICS
+    from deltune.settings import evaluation
+
+    assert tuple(TEXT_METRICS) == evaluation.TEXT_METRICS
+    with pytest.raises(ConfigError, match=r"metrics.*f2.*f1"):
+        load(EvalSettings, ["data=x.jsonl", "metrics=[f2]"])

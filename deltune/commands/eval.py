@@ -1,8 +1,8 @@
-"""deltune eval [run=RUN | model=MODEL adapter=FOLDER] data=FILE [exact_match=true] [out=FOLDER]
+"""deltune eval [run=RUN | model=MODEL adapter=FOLDER] data=FILE [exact_match=true] [metrics=[f1,rouge]] [out=FOLDER]
 
-Loss, perplexity and token accuracy on evaluation data, of every source and of all together; with exact_match=true the
-model also answers each prompt, and its answers are compared with the references. `out` gets metrics.json, which holds
-all that it takes to measure again, and predictions.jsonl. An `out` that ends in .json names the first file itself.
+Loss, perplexity and token accuracy on evaluation data, of every source and of all together; with exact_match=true or
+metrics the model also answers each prompt, and its answers are measured against the references. `out` gets
+metrics.json, which holds all that it takes to measure again, and predictions.jsonl. An `out` that ends in .json names the first file itself.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 def main(words: list[str], file: Path | None = None) -> int:
     from deltune import log
+    from deltune.commands import text_scores
     from deltune.settings import EvalSettings, load
 
     settings = load(EvalSettings, words, file)
     log.set_up()
     result, answers = measure(settings)
     print(table(result))
+    if settings.metrics:
+        print("\n" + text_scores.table(result))
     if settings.out is not None:
         print("\n" + write(settings, result, answers))
     return 0
@@ -32,6 +35,7 @@ def main(words: list[str], file: Path | None = None) -> int:
 
 def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, answers). The result holds `all` and `sources`, each with its metrics, and what produced them."""
+    from deltune.commands import text_scores
     from deltune.commands.batching import settled
     from deltune.commands.open_model import opened, provenance
     from deltune.data.loader import eval_batches
@@ -49,12 +53,14 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
             place.model, batches, head=described(place.model), autocast=place.engine.autocast, device=place.engine.device
         )
         answers: list[dict[str, Any]] = []
-        if settings.exact_match:
+        if settings.generates:
             options = GenerateOptions(max_new_tokens=settings.max_new_tokens)
             with place.engine.autocast():
                 score, answers = exact_match(place.model, place.tokenizer, dataset, options, batch=settings.micro_batch)
-            metrics["exact_match"] = score
-            add_source_scores(sources, answers)
+            if settings.exact_match or "exact_match" in settings.metrics:
+                metrics["exact_match"] = score
+                add_source_scores(sources, answers)
+            text_scores.add(settings.metrics, metrics, sources, answers)
             warn_of_length(score, settings.max_new_tokens)
     found = {
         "all": metrics,
@@ -152,7 +158,7 @@ def write(settings: EvalSettings, result: dict[str, Any], answers: list[dict[str
         else (out / "metrics.json", out / "predictions.jsonl")
     )
     texts = {metrics_file: json.dumps(result, indent=1, ensure_ascii=False) + "\n"}
-    if settings.exact_match:
+    if settings.generates:
         texts[answers_file] = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     try:
         metrics_file.parent.mkdir(parents=True, exist_ok=True)
