@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from deltune.models import causal, scratch
+from deltune.models import causal
 from deltune.models.attention import (
     _causal,
     _on_cuda,
@@ -17,6 +17,7 @@ from deltune.models.attention import (
     packed_inputs,
     register,
 )
+from deltune.weights import scratch
 from tests.architectures import KINDS, small
 
 LENGTHS = (9, 4, 1, 12)

@@ -84,7 +84,7 @@ def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_is_added_with_one_rounding(monkeypatch, dtype, transposed):
-    monkeypatch.setattr(weights, "BLOCK_ELEMENTS_CPU", 20)  # several blocks, the last one short
+    monkeypatch.setattr(weights.arithmetic, "BLOCK_ELEMENTS_CPU", 20)  # several blocks, the last one short
     weight = random(7, 9, dtype=dtype)
     left, right = random(7, 2, seed=1), random(2, 9, seed=2)
     expected = weight.double() + 0.3 * left.double() @ right.double()
@@ -106,8 +106,8 @@ def test_a_product_added_in_one_pass_is_rounded_as_in_blocks(monkeypatch, shape,
     stored = random(*shape, dtype=torch.bfloat16)
     left, right = random(shape[0], 5, seed=1), random(5, shape[1], seed=2)
     results = []
-    for in_one_pass in (weights._sums_bfloat16_in_float32, lambda weight: False):
-        monkeypatch.setattr(weights, "_sums_bfloat16_in_float32", in_one_pass)
+    for in_one_pass in (weights.arithmetic._sums_bfloat16_in_float32, lambda weight: False):
+        monkeypatch.setattr(weights.arithmetic, "_sums_bfloat16_in_float32", in_one_pass)
         weight = stored.T.contiguous().T if transposed else stored.clone()
         weights.add_product_to_weight(weight, left, right, 0.3)
         results.append(weight)

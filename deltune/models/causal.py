@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltune.models.scratch import copied, scratch
+from deltune.weights.scratch import copied, scratch
 
 # documents of at most so many tokens have their backward pass in squares here, others in torch's kernel (docs/attention.md)
 LONGEST = {torch.bfloat16: 512}

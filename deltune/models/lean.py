@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deltune.models.scratch import copied
 from deltune.recipe import set_recipe
+from deltune.weights.scratch import copied
 
 ROTARY = "apply_rotary_pos_emb"
 ROOM = 1 << 17  # numbers that a thread takes at a time in the wide type: what is made of them stays in its cache

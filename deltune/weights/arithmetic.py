@@ -1,149 +1,23 @@
-"""Stored weights: files of tensors, and arithmetic on a weight as it lies in memory. Only this file touches either.
-
-Files are safetensors. A pickle is never opened: it can run code. Sums are formed in float32 or wider and rounded
-once to the weight's own type.
-"""
+"""Arithmetic on a weight as it lies in memory. Sums are formed in float32 or wider and rounded once to the weight's own
+type; what reads a weight takes it as it is stored, quantised too, a block of rows at a time."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deltune.errors import DeltuneError
+from deltune.weights.quantised import dequantised, is_quantised
 
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BLOCK_ELEMENTS = 1 << 22  # of a device: a float32 block of 16 MiB is large enough for full speed, small beside any weight
 BLOCK_ELEMENTS_CPU = 1 << 18  # of the CPU: a block of 1 MiB stays in the cache (a merge in bfloat16: 0.19 s against 0.26 s)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises DeltuneError for a pickle, a missing file, or a file that is not whole.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if path.suffix in PICKLE_ENDINGS:
-        raise DeltuneError(
-            f"{path}: this is a pickle, which can run code when it is opened. Convert it to safetensors, in a place that "
-            "you would trust with it: python -c \"import torch, safetensors.torch as s; "
-            f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
-            f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{path.with_suffix('.safetensors').name}')\""
-        )
-    if not path.is_file():
-        raise DeltuneError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DeltuneError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one step, see `replacing`.
-
-    Tensors may be on any device, strided, or share memory: each is written in full. Raises DeltuneError on a full disk.
-    """
-    from safetensors.torch import save_file
-
-    whole = _apart(tensors)
-    with replacing(path, sum(tensor.nbytes for tensor in whole.values())) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
-
-
-@contextmanager
-def replacing(path: str | Path, num_bytes: int) -> Iterator[Path]:
-    """Give a temporary path to write to, and put that file in `path`'s place at the end.
-
-    At any moment, a power cut included, `path` is the old file or the new one, never a part of one. Raises
-    DeltuneError on a full disk, with `num_bytes` as what was needed.
-    """
-    from safetensors import SafetensorError
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        if not says_disk_full(error):
-            raise
-        raise disk_full(path, num_bytes) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def disk_full(path: Path, num_bytes: int) -> DeltuneError:
-    """The error to raise where no space is left for `num_bytes` at `path`."""
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    return DeltuneError(
-        f"{path}: no space left to write {num_bytes:,} bytes ({free:,} bytes free). Nothing was replaced; free some "
-        "space, or write to another disk."
-    )
-
-
-def says_disk_full(error: Exception) -> bool:
-    # safetensors passes the system's error on as text only
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    return any(f"os error {number})" in str(error) for number in DISK_FULL)
-
-
-def sync(path: str | Path) -> None:
-    """Have a file's bytes, or a folder's names, outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two of which share memory."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensor = tensor.clone()
-        seen.add(storage)
-        result[name] = tensor
-    return result
-
-
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise DeltuneError unless the tensor is floating, of this shape, and finite everywhere."""
-    if not tensor.is_floating_point():
-        raise DeltuneError(f"{name}: {tensor.dtype} found, a floating type expected")
-    if tuple(tensor.shape) != tuple(shape):
-        raise DeltuneError(f"{name}: shape {list(tensor.shape)} found, {list(shape)} expected")
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise DeltuneError(f"{name}: {bad} of {tensor.numel()} values are not finite")
-
-
 def float_view(weight: Tensor) -> Tensor:
     """The weight's values in float32 (float64 stays): the weight itself where it is that already, else a copy. No gradient."""
-    return weight.detach().to(_sum_type(weight))
+    return dequantised(weight, _sum_type(weight))
 
 
 def _sum_type(*tensors: Tensor) -> torch.dtype:
@@ -226,24 +100,24 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 @torch.no_grad()
 def store_as(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> None:
-    """Round every floating parameter of a module to a type, one at a time; ties stay. Buffers, and parameters in whose name
-    one of `but` is a part, keep theirs."""
+    """Round every floating parameter of a module to a type, one at a time; ties stay. Buffers, quantised weights, and
+    parameters in whose name one of `but` is a part, keep theirs."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not set(but) & set(name.split(".")):
+        if parameter.is_floating_point() and not is_quantised(parameter) and not set(but) & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
 
 
 def row_squares(weight: Tensor) -> Tensor:
     """‖W‖² of each row [out], in float32 or wider."""
     dtype = _sum_type(weight)
-    return torch.cat([torch.linalg.vector_norm(weight[rows].detach().to(dtype), dim=1) for rows in row_blocks(weight)]).square()
+    return torch.cat([torch.linalg.vector_norm(dequantised(weight[rows], dtype), dim=1) for rows in row_blocks(weight)]).square()
 
 
 def row_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Σ_j W_ij (left @ right)_ij of each row i [out], without anything of the weight's size."""
     dtype = _sum_type(weight, left, right)
     left, right = left.to(dtype), right.to(dtype)
-    return torch.cat([((weight[rows].detach().to(dtype) @ right.T) * left[rows]).sum(1) for rows in row_blocks(weight)])
+    return torch.cat([((dequantised(weight[rows], dtype) @ right.T) * left[rows]).sum(1) for rows in row_blocks(weight)])
 
 
 def row_blocks(weight: Tensor) -> list[slice]:
@@ -251,7 +125,7 @@ def row_blocks(weight: Tensor) -> list[slice]:
     if weight.ndim < 2:
         return [slice(None)]
     elements = BLOCK_ELEMENTS_CPU if weight.device.type == "cpu" else BLOCK_ELEMENTS
-    step = max(1, elements // max(1, weight[0].numel()))
+    step = max(1, elements // max(1, weight.shape[1:].numel()))
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
 
 

@@ -1,0 +1,233 @@
+"""Quantised weights: codes and scales that are a tensor to everything else. Their values exist only while they are used.
+
+A `QuantisedTensor` has the shape, type and device of the weight that it stands for. Whatever reads it gets values:
+`F.linear`, `@` and `torch.addmm` work on it, and keep the codes for the backward pass, never the values; `weight[rows]`
+gives the values of those rows alone; any other operation takes all its values for the moment. `.T`, `.detach()`,
+`.clone()`, `.to(device or type)` and `nn.Parameter` stay quantised. Nothing writes to it: `quantised_like` makes a new one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from deltune.errors import DeltuneError
+from deltune.weights import codes as coding
+from deltune.weights.scratch import scratch
+
+KINDS = ("nf4", "fp4", "int8")
+aten = torch.ops.aten
+
+
+class QuantisedTensor(Tensor):
+    """A weight [out, in] as codes and scales. Made by `quantise` and `quantised_like`.
+
+    `dtype` is the type in which its values are given. `codes`: uint8 [⌈out · in / 2⌉], two a byte, or int8 [out, in];
+    `scales`: float32, one a block (int8: one a row), or with double quantisation uint8 codes, with `scales_of_scales`
+    float32, one for 256 of them, and their `mean` float32 []. `transposed`: the weight is that of `stored_shape`, turned.
+    """
+
+    kind: str
+    block_size: int
+    stored_shape: tuple[int, int]
+    transposed: bool
+    codes: Tensor
+    scales: Tensor
+    scales_of_scales: Tensor | None
+    mean: Tensor | None
+
+    @staticmethod
+    def __new__(cls, parts: dict[str, Tensor], kind: str, block_size: int, stored_shape: tuple[int, int], dtype: torch.dtype, transposed: bool = False):
+        shape = stored_shape[::-1] if transposed else stored_shape
+        tensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts["codes"].device)
+        tensor.kind, tensor.block_size, tensor.stored_shape, tensor.transposed = kind, block_size, tuple(stored_shape), transposed
+        for name in PARTS:
+            setattr(tensor, name, parts.get(name))
+        return tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        form = {"kind": self.kind, "block_size": self.block_size, "stored_shape": self.stored_shape, "dtype": self.dtype, "transposed": self.transposed}
+        return [name for name in PARTS if getattr(self, name) is not None], form
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], form: dict[str, Any], *_: Any) -> QuantisedTensor:
+        return cls(parts, **form)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.mean is not None
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that are stored, by name."""
+        return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+
+    def _with(self, change: Callable[[Tensor], Tensor] | None = None, **form: Any) -> QuantisedTensor:
+        parts = self.parts()
+        return type(self)({name: change(part) for name, part in parts.items()} if change else parts, **(self.__tensor_flatten__()[1] | form))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"QuantisedTensor({self.kind}, {list(self.shape)}, {self.dtype}, {self.device})"
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Plain values; of whole rows, only theirs are formed."""
+        if isinstance(index, slice) and not self.transposed and index.step in (None, 1):
+            start, stop, _ = index.indices(self.shape[0])
+            return _rows(self, start, max(start, stop))
+        return dequantised(self)[index]
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        raise _not_written(self, "[...] = ")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in STAYS:
+            return STAYS[func](*args, **kwargs)
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[place] if place < len(args) else kwargs.get(argument.name)
+                if isinstance(written, QuantisedTensor):
+                    raise _not_written(written, func.overloadpacket.__name__)
+        if func in PRODUCTS and sum(isinstance(a, QuantisedTensor) for a in args) == 1:
+            return func(*(_for_a_product(a) if isinstance(a, QuantisedTensor) else a for a in args), **kwargs)
+        args, kwargs = tree_map(lambda a: dequantised(a) if isinstance(a, QuantisedTensor) else a, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+PARTS = ("codes", "scales", "scales_of_scales", "mean")
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten.matmul.default)
+
+
+def _converted(tensor: QuantisedTensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, non_blocking: bool = False, **layout: Any) -> Tensor:
+    """What `.to`, autocast and `Module.to` call: codes stay, on another device or to be given in another type."""
+    dtype = dtype or tensor.dtype
+    if not dtype.is_floating_point:
+        return dequantised(tensor).to(dtype)
+    return tensor._with(lambda part: part.to(device or part.device, non_blocking=non_blocking), dtype=dtype)
+
+
+STAYS: dict[Any, Callable[..., Tensor]] = {
+    aten.detach.default: lambda tensor: tensor._with(),
+    aten.alias.default: lambda tensor: tensor._with(),
+    aten.clone.default: lambda tensor, memory_format=None: tensor._with(Tensor.clone),
+    aten.t.default: lambda tensor: tensor._with(transposed=not tensor.transposed),
+    aten.transpose.int: lambda tensor, a, b: tensor._with(transposed=tensor.transposed ^ (a % 2 != b % 2)),
+    aten.permute.default: lambda tensor, dims: tensor._with(transposed=tensor.transposed ^ (dims[0] % 2 == 1)),
+    aten._to_copy.default: _converted,
+}
+
+
+def _not_written(tensor: QuantisedTensor, what: str) -> DeltuneError:
+    return DeltuneError(
+        f"a weight of shape {list(tensor.shape)} is stored quantised ({tensor.kind}) and cannot be written to in place ({what}). What fits: "
+        "weights.dequantised(weight), a plain copy; or weights.quantised_like(weight, values), new values rounded to its codes."
+    )
+
+
+@torch.no_grad()
+def quantise(weight: Tensor, kind: str, *, block_size: int = 64, double: bool = True, dtype: torch.dtype | None = None) -> QuantisedTensor:
+    """A weight [out, in] in `nf4`, `fp4` or `int8`, on its device, to be computed with in `dtype` (default its own type).
+
+    `block_size` values share a scale, and `double` quantises the scales themselves; both are for 4 bits only: int8 has a
+    scale a row. Raises DeltuneError for values that are not finite, another shape, or a block size that is none.
+    """
+    if weight.ndim != 2:
+        raise DeltuneError(f"a weight of shape {list(weight.shape)} cannot be quantised: only matrices can")
+    if kind not in KINDS:
+        raise DeltuneError(f"{kind!r} is no quantisation. What fits: {', '.join(KINDS)}.")
+    weight = weight.detach()
+    parts: dict[str, Tensor] = {}
+    if kind == "int8":
+        parts["codes"], parts["scales"] = coding.quantise_int8(weight)
+    else:
+        if block_size not in coding.BLOCK_SIZES:
+            raise DeltuneError(f"{block_size} is no block size. What fits: {', '.join(map(str, coding.BLOCK_SIZES))}.")
+        parts["codes"], parts["scales"] = coding.quantise_4bit(weight, kind, block_size)
+        if double:
+            parts["scales"], parts["scales_of_scales"], parts["mean"] = coding.quantise_scales(parts["scales"])
+    return QuantisedTensor(parts, kind, block_size, tuple(weight.shape), dtype or weight.dtype)
+
+
+def is_quantised(tensor: Any) -> bool:
+    return isinstance(tensor, QuantisedTensor)
+
+
+@torch.no_grad()
+def dequantised(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The values, plain and of the tensor's shape, in `dtype` (default its own): a new tensor, or a plain one itself where
+    that is of this type. They are rounded once, from float32."""
+    dtype = dtype or tensor.dtype
+    if not isinstance(tensor, QuantisedTensor):
+        return tensor.detach().to(dtype)
+    return _values(tensor, torch.empty(tensor.stored_shape, dtype=dtype, device=tensor.device))
+
+
+def quantised_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` of the tensor's shape, stored as it is: quantised in the same way, or plain in its type."""
+    if tensor.shape != values.shape:
+        raise DeltuneError(f"values of shape {list(values.shape)} for a weight of {list(tensor.shape)}")
+    if not isinstance(tensor, QuantisedTensor):
+        return values.detach().to(tensor)
+    values = values.T if tensor.transposed else values
+    new = quantise(values.to(tensor.device), tensor.kind, block_size=tensor.block_size, double=tensor.nested, dtype=tensor.dtype)
+    return new._with(transposed=tensor.transposed)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor's values take: of a quantised one its codes and scales."""
+    parts = tensor.parts().values() if isinstance(tensor, QuantisedTensor) else (tensor,)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _for_a_product(tensor: QuantisedTensor) -> Tensor:
+    """The values, in memory that the next product uses again. A device's own allocator keeps memory by itself."""
+    if tensor.device.type != "cpu":
+        return dequantised(tensor)
+    return _values(tensor, scratch("values of a quantised weight", tensor.codes, tensor.dtype, *tensor.stored_shape))
+
+
+def _values(tensor: QuantisedTensor, out: Tensor) -> Tensor:
+    """Fill `out` of the stored shape; returned in the tensor's shape."""
+    if tensor.kind == "int8":
+        coding.dequantise_int8(tensor.codes, tensor.scales, out)
+    else:
+        coding.dequantise_4bit(tensor.codes, _scales(tensor), tensor.kind, tensor.block_size, out.view(-1))
+    return out.T if tensor.transposed else out
+
+
+def _scales(tensor: QuantisedTensor, first: int = 0, last: int | None = None) -> Tensor:
+    """The scales [blocks] in float32, or those of blocks `first` to `last`."""
+    if not tensor.nested:
+        return tensor.scales[first:last]
+    start = first // coding.SCALES_BLOCK
+    last = tensor.scales.numel() if last is None else last
+    scales = coding.dequantise_scales(
+        tensor.scales[start * coding.SCALES_BLOCK : last], tensor.scales_of_scales[start : math.ceil(last / coding.SCALES_BLOCK)], tensor.mean
+    )
+    return scales[first - start * coding.SCALES_BLOCK :]
+
+
+@torch.no_grad()
+def _rows(tensor: QuantisedTensor, start: int, stop: int) -> Tensor:
+    """Values of rows `start` to `stop`; blocks run on over the ends of rows, so the first and last may be of others."""
+    out = torch.empty(stop - start, tensor.stored_shape[1], dtype=tensor.dtype, device=tensor.device)
+    if tensor.kind == "int8":
+        return coding.dequantise_int8(tensor.codes[start:stop], tensor.scales[start:stop], out)
+    width, size = tensor.stored_shape[1], tensor.block_size
+    first, last = start * width // size, -(-stop * width // size)
+    before = start * width - first * size  # values of the first block that belong to the row above
+    codes = tensor.codes[first * size // 2 : min(last * size // 2, tensor.codes.numel())]
+    scales = _scales(tensor, first, last)
+    if before == 0:
+        coding.dequantise_4bit(codes, scales, tensor.kind, size, out.view(-1))
+        return out
+    whole = torch.empty(before + out.numel(), dtype=tensor.dtype, device=tensor.device)
+    return coding.dequantise_4bit(codes, scales, tensor.kind, size, whole)[before:].view(out.shape)
