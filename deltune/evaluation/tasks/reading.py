@@ -134,13 +134,13 @@ def letter_place(letter: Any, count: int, where: str) -> int:
 def unlabelled(choices: list[str]) -> tuple[str, ...]:
     """Choices without the letters that some files put before them ("A.…"), so that none is shown twice.
 
-    They are taken off where at least half of an item's choices begin with their own letter and a mark, or all of them
-    with the letter alone ("A甲"); then also from a choice that lost its mark ("C只要").
+    They are taken off where at least half of an item's choices begin with their own letter and a mark; then also from
+    a choice that lost its mark ("C只要"). A letter alone stays: "A国", "B国" are names.
     """
     marked = [re.match(rf"\s*{letter}\s*[.．、,，:：)）]\s*", text) for letter, text in zip(LETTERS, choices, strict=False)]
-    bare = [re.match(rf"\s*{letter}(?![A-Za-z\s])(?=.)", text) for letter, text in zip(LETTERS, choices, strict=False)]
-    if 2 * sum(map(bool, marked)) < len(choices) and not all(bare):
+    if 2 * sum(map(bool, marked)) < len(choices):
         return tuple(text.strip() for text in choices)
+    bare = [re.match(rf"\s*{letter}(?![A-Za-z\s])", text) for letter, text in zip(LETTERS, choices, strict=False)]
     found = [one or other for one, other in zip(marked, bare, strict=True)]
     return tuple((text[match.end() :] if match else text).strip() for match, text in zip(found, choices, strict=True))
 
