@@ -12,7 +12,7 @@ from deltune.data.pack import Batch, pad
 from deltune.engines.config import Single
 from deltune.engines.engine import Engine
 from deltune.optim.build import build_optimizer
-from deltune.optim.config import AdamW
+from deltune.optim.config import OPTIMIZERS
 from deltune.optim.groups import parameter_groups
 from deltune.training.callbacks import RunInfo
 from deltune.training.checkpoints import CheckpointStore
@@ -69,11 +69,12 @@ def make_loop(
     schedule=lambda step: 1.0, callbacks=(), eval: EvalConfig | None = None, evaluate=None, max_grad_norm=1.0,
     forward_step=causal_lm_step, rows: Rows | None = None, engine: Engine | None = None, shuffle: bool = False,
     lr: float = 1e-3, limit: int = 3, batching: str = "padded", micro_batch_tokens: int | None = None,
+    optim: str = "adamw",
 ) -> Loop:
-    """A Loop over synthetic rows, AdamW at a constant rate."""
+    """A Loop over synthetic rows, at a constant rate."""
     rows = rows or Rows()
     engine = engine or Engine(Single(device="cpu", precision=precision))
-    config = AdamW(lr=lr)
+    config = OPTIMIZERS.resolve(optim)(name=optim, lr=lr)
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config), config)
     loader = Loader(
         rows, micro_batch=micro_batch, accumulate=accumulate, rank=engine.rank, world_size=engine.world_size,

@@ -78,6 +78,15 @@ def test_training_does_what_the_plan_says(stated, tmp_path):
     assert found.disk["adapter"] == pytest.approx((folder / "adapter" / "adapter_model.safetensors").stat().st_size, rel=headers)
 
 
+def test_the_page_tells_what_an_optimizers_name_comes_to_here(stated):
+    whole = {key: value for key, value in stated.items() if not key.startswith("adapter.")} | {"adapter": None}
+    plain, found = plan.make(run_from(whole)), plan.make(run_from(whole | {"optim": "paged_adamw_8bit"}))
+    assert "optimizer: paged_adamw_8bit: moments in 8 bits by blocks of 256" in text_of(found)
+    assert "not paged, so they lie in the memory of cpu" in text_of(found)
+    assert "optimizer:" not in text_of(plain)
+    assert plain.memory.parts["optimizer state"] > 1.5 * found.memory.parts["optimizer state"]
+
+
 def test_no_weight_is_opened(stated, tmp_path, monkeypatch):
     refuse_weight_files(monkeypatch)
     with_weights = text_of(plan.make(run_from(stated)))

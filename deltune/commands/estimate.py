@@ -22,7 +22,7 @@ from deltune.errors import AdapterError, ModelError
 from deltune.models.cost import Speed, arithmetic, device_speed
 from deltune.models.dry_run import dry_run
 from deltune.models.recompute import KINDS
-from deltune.optim.build import MOMENTS, state_bytes
+from deltune.optim.build import state_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,7 +238,8 @@ def time_of(run: Run, model: PreTrainedModel, found: Survey, shapes: MicroBatche
         recompute=recompute_meant(run), fast=run.fast == "auto", lengths=lengths,
     )  # fmt: skip
     speed = device_speed(device, {arithmetic(meant(run, model, device).name, p.dtype) for p in model.parameters()})
-    moved = trained_bytes(model) * (3 + 2 * MOMENTS[run.optim.name](run.optim))  # gradient read, the rest read and written
+    state = state_bytes([p for p in model.parameters() if p.requires_grad], run.optim)
+    moved = 3 * trained_bytes(model) + 2 * state  # gradient read, the rest read and written
     step = run.train.accumulate * speed.seconds((*account.forward, *account.backward)) + moved / speed.bytes_per_second
     share = found.num_evaluation * found.evaluation_length / (shapes.size * shapes.seq)  # of a micro-batch's forward pass
     during = num_steps // run.eval.every if run.eval.every else 0

@@ -206,6 +206,7 @@ def computed(plan: Plan) -> list[str]:
     """What the settings that choose by themselves come to, what is computed together, and why the rest is not."""
     from deltune.commands import fast
     from deltune.models import head
+    from deltune.optim.build import described
 
     asked = plan.run.model.gradient_checkpointing
     lines = [
@@ -214,6 +215,8 @@ def computed(plan: Plan) -> list[str]:
         f"activations recomputed: {plan.recompute} (model.gradient_checkpointing={str(asked).lower()}; training tries a micro-batch)"
         if asked == "auto" else f"activations recomputed: {plan.recompute}",
     ]  # fmt: skip
+    if moments := described(plan.run.optim, plan.device):
+        lines.append(f"optimizer: {moments}")
     if plan.run.fast == "off":
         return [*lines, "everything else in its plain form: fast=off"]
     lines.append(f"loss: {head.describe(plan.model)}")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from deltune.config.fields import Choice, default_of, hints, members, walk
+from deltune.config.foreign import value_here
 from deltune.config.suggest import closest, nearest, nearest_keys
 from deltune.errors import ConfigError
 
@@ -156,7 +157,9 @@ class _Builder:
             return None
         if not isinstance(name, str) or name not in table.options:
             null = "; null for none" if table.optional else ""
-            self.problem((*path, table.key), f"there are {', '.join(table.options)}{null}{closest(name, list(table.options))}", name)
+            meant = value_here(".".join((*path, table.key)), str(name))
+            hint = f"; {name} of other tools is {meant} here" if meant else closest(name, list(table.options))
+            self.problem((*path, table.key), f"there are {', '.join(table.options)}{null}{hint}", name)
             return None
         return self.instance(table.resolve(name), {table.key: name, **value}, path)
 

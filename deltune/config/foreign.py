@@ -209,6 +209,20 @@ ABSENT = {
     "dataloader_num_workers": "batches are made in the training process",
 }
 
+# our key -> our value -> what other tools call it
+VALUES = {
+    "optim.name": {
+        "adamw": "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused fusedadamw fused_adamw adamw_torch_xla",
+        "adamw_8bit": "adamw_bnb_8bit adamw8bit",
+        "paged_adamw": "paged_adamw_32bit pagedadamw pagedadamw32bit",
+        "paged_adamw_8bit": "pagedadamw8bit",
+        "lion": "lion_32bit lion32bit",
+        "lion_8bit": "lion8bit",
+        "paged_lion": "paged_lion_32bit pagedlion pagedlion32bit",
+        "paged_lion_8bit": "pagedlion8bit",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -232,3 +246,9 @@ FOREIGN = {
     **{name: Foreign(name, target, note) for name, (target, note) in DIFFERENT.items()},
     **{name: Foreign(name, "", note) for name, note in ABSENT.items()},
 }
+
+
+def value_here(key: str, word: str) -> str:
+    """Our value of a key for another tool's word; "" where there is none."""
+    plain = word.lower().replace("-", "_")
+    return next((ours for ours, words in VALUES.get(key, {}).items() if plain in words.split()), "")

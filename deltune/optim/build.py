@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from deltune.errors import CheckpointError
-from deltune.optim.config import SGD, AdamW, OptimConfig
+from deltune.log import logger
+from deltune.optim.blockwise import BLOCK
+from deltune.optim.config import SGD, AdamW, Lion, OptimConfig
+from deltune.optim.kernels import Kernels, why_not
+from deltune.optim.moments import SMALLEST_IN_8_BITS, Moments, Place, shapes
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of a config over groups of `parameter_groups`."""
-    return BUILDERS[config.name](list(groups), config)
+    """The optimizer of a config over groups of `parameter_groups`. What it comes to is said in the log."""
+    device = groups[0]["params"][0].device
+    told = described(config, device)
+    if told:
+        logger.info("%s", told)
+    if isinstance(config, AdamW) and config.name == "adamw":
+        return _adamw(list(groups), config)
+    if isinstance(config, (AdamW, Lion)):
+        kind, eps = KINDS[config.name], config.eps if isinstance(config, AdamW) else 0.0
+        place = Place() if why_not(device) else Kernels(kind.paged)
+        return Moments(groups, rule=kind.rule, bits=kind.bits, place=place, betas=(config.beta1, config.beta2), eps=eps)
+    assert isinstance(config, SGD)
+    return torch.optim.SGD(list(groups), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def _adamw(groups: list[dict[str, Any]], config: AdamW) -> torch.optim.Optimizer:
@@ -22,19 +39,45 @@ def _adamw(groups: list[dict[str, Any]], config: AdamW) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
-def _sgd(groups: list[dict[str, Any]], config: SGD) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer of `moments`."""
+
+    rule: str
+    bits: int
+    paged: bool
 
 
-BUILDERS = {"adamw": _adamw, "sgd": _sgd}
+# a name of the config to what it is, where that is not torch's own
+KINDS = {
+    "paged_adamw": Kind("adamw", 32, True),
+    "adamw_8bit": Kind("adamw", 8, False),
+    "paged_adamw_8bit": Kind("adamw", 8, True),
+    "lion": Kind("lion", 32, False),
+    "lion_8bit": Kind("lion", 8, False),
+    "paged_lion": Kind("lion", 32, True),
+    "paged_lion_8bit": Kind("lion", 8, True),
+}
 
-# tensors of a parameter's own size that the optimizer keeps for it from the first step on
-MOMENTS = {"adamw": lambda config: 2, "sgd": lambda config: 1 if config.momentum else 0}
+
+def described(config: OptimConfig, device: torch.device) -> str:
+    """One line on where the moments of a config lie and what computes with them on a device; "" for torch's own optimizers."""
+    if config.name not in KINDS:
+        return ""
+    kind, reason = KINDS[config.name], why_not(device)
+    held = f"{config.name}: moments in 8 bits by blocks of {BLOCK} (float32 below {SMALLEST_IN_8_BITS:,} values)" if kind.bits == 8 else f"{config.name}: moments in float32"
+    if not reason:
+        return held + (", in memory that is paged between the device and the CPU" if kind.paged else "") + ", computed by bitsandbytes"
+    return held + f", computed in plain torch: {reason}" + (f"; not paged, so they lie in the memory of {device.type}" if kind.paged else "")
 
 
 def state_bytes(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> int:
-    """What the optimizer of a config remembers of these parameters."""
-    return MOMENTS[config.name](config) * sum(p.numel() * p.element_size() for p in parameters)
+    """What the optimizer of a config remembers of these parameters from their first step on."""
+    if config.name in KINDS:
+        kind = KINDS[config.name]
+        return sum(math.prod(shape) * dtype.itemsize for p in parameters for shape, dtype in shapes(p, kind.rule, kind.bits).values())
+    moments = 2 if isinstance(config, AdamW) else int(isinstance(config, SGD) and config.momentum > 0)
+    return moments * sum(p.numel() * p.element_size() for p in parameters)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -44,7 +87,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
     reached yet has none), and holds entries that are no tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
-    description: dict[str, Any] = {"optimizer": type(optimizer).__name__, "entries": {}, "values": {}}
+    description: dict[str, Any] = {"optimizer": _kind(optimizer), "entries": {}, "values": {}}
     for name, parameter in _named(optimizer):
         remembered = optimizer.state.get(parameter, {})
         if remembered:
@@ -59,8 +102,8 @@ def load_optimizer_state(
 ) -> None:
     """Put back what `optimizer_state` gave. CheckpointError if it is another optimizer's, or tensors are missing, left
     over or of another shape or type; the optimizer is then as it was."""
-    if description["optimizer"] != type(optimizer).__name__:
-        raise CheckpointError(f"the checkpoint is of {description['optimizer']}, this run uses {type(optimizer).__name__}")
+    if description["optimizer"] != _kind(optimizer):
+        raise CheckpointError(f"the checkpoint is of {description['optimizer']}, this run uses {_kind(optimizer)}")
     named, found = dict(_named(optimizer)), tensors | description["values"]
     state: dict[str, dict[str, Any]] = {}
     for name, entries in description["entries"].items():
@@ -71,6 +114,10 @@ def load_optimizer_state(
             if key not in found:
                 raise CheckpointError(f"the checkpoint's optimizer state lacks {key}")
             state.setdefault(name, {})[entry] = _placed(key, found.pop(key), named[name], optimizer)
+        if isinstance(optimizer, Moments):
+            wanted = {"step", *shapes(named[name], optimizer.rule, optimizer.bits)}
+            if wanted != set(entries):
+                raise CheckpointError(f"the checkpoint's optimizer remembers {', '.join(sorted(entries))} of {name}, this run keeps {', '.join(sorted(wanted))}")
     if found:
         raise CheckpointError(f"the checkpoint's optimizer state has {len(found)} entries too many, first {min(found)}")
     optimizer.state.clear()
@@ -78,18 +125,29 @@ def load_optimizer_state(
         optimizer.state[named[name]] = entries
 
 
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return optimizer.kind if isinstance(optimizer, Moments) else type(optimizer).__name__
+
+
 def _placed(key: str, value: Any, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Any:
-    """A copy where the optimizer expects it: moments beside their parameter, a step count (a scalar) there too if fused."""
+    """A copy where the optimizer expects it: moments beside their parameter or paged, a step count (a scalar) there too if fused."""
     if not isinstance(value, torch.Tensor):
         return value
-    if value.ndim and (value.shape != parameter.shape or value.dtype != parameter.dtype):
-        raise CheckpointError(
-            f"the checkpoint's optimizer has {tuple(value.shape)} {value.dtype} for {key}, "
-            f"the parameter is {tuple(parameter.shape)} {parameter.dtype}"
-        )
+    if isinstance(optimizer, Moments):
+        entry = key.rpartition("|")[2]
+        shape, dtype = shapes(parameter, optimizer.rule, optimizer.bits).get(entry, ((), torch.float32))
+        _check(key, value, shape, dtype, "this run keeps")
+        return optimizer.place.zeros(parameter, entry, shape, dtype).copy_(value)
+    if value.ndim:
+        _check(key, value, tuple(parameter.shape), parameter.dtype, "the parameter is")
     if value.ndim or optimizer.defaults["fused"]:
         return value.to(parameter.device, copy=True)
     return value.clone()
+
+
+def _check(key: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, fitting: str) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        raise CheckpointError(f"the checkpoint's optimizer has {tuple(value.shape)} {value.dtype} for {key}, {fitting} {shape} {dtype}")
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:

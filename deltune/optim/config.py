@@ -35,6 +35,22 @@ class AdamW(OptimConfig):
 
 
 @dataclass(frozen=True)
+class SmallAdamW(AdamW):
+    """AdamW with moments in float32 whatever the parameter's type, or in 8 bits by blocks (arXiv:2110.02861), and paged or not (arXiv:2305.14314)."""
+
+    name: str = option("adamw_8bit", "Optimizer.", choices=("paged_adamw", "adamw_8bit", "paged_adamw_8bit"))
+
+
+@dataclass(frozen=True)
+class Lion(OptimConfig):
+    """The sign of a mean of gradients (arXiv:2302.06675): one moment, in float32 or in 8 bits by blocks, paged or not. Wants a rate 3 to 10 times smaller than AdamW's."""
+
+    name: str = option("lion", "Optimizer.", choices=("lion", "lion_8bit", "paged_lion", "paged_lion_8bit"))
+    beta1: float = option(0.9, "Share of the moment in the update's sign.", ge=0, lt=1)
+    beta2: float = option(0.99, "Decay of the moment.", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
 class SGD(OptimConfig):
     """Gradient descent with momentum."""
 
@@ -113,7 +129,22 @@ class WSD(ScheduleConfig):
     floor: float = option(0.0, "Rate at the end, as a fraction of the peak.", ge=0, le=1)
 
 
-OPTIMIZERS = Choice("name", {"adamw": AdamW, "sgd": SGD}, default="adamw", help="Optimizer, learning rate, weight decay.")
+OPTIMIZERS = Choice(
+    "name",
+    {
+        "adamw": AdamW,
+        "paged_adamw": SmallAdamW,
+        "adamw_8bit": SmallAdamW,
+        "paged_adamw_8bit": SmallAdamW,
+        "lion": Lion,
+        "lion_8bit": Lion,
+        "paged_lion": Lion,
+        "paged_lion_8bit": Lion,
+        "sgd": SGD,
+    },
+    default="adamw",
+    help="Optimizer, learning rate, weight decay.",
+)
 SCHEDULES = Choice(
     "name",
     {

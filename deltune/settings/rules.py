@@ -58,6 +58,9 @@ def optimizer_rules(run: Run) -> Iterator[str]:
         problem = rule_problem(run.adapter, optim.rule)
         if problem:
             yield f"optim.{problem}"
+    over_time = run.adapter.schedule if run.adapter is not None else None
+    if over_time and over_time.moments in ("random", "magnitude") and optim.name.endswith("_8bit"):
+        yield f"adapter.schedule.moments sets single moments to zero, and optim.name={optim.name} holds moments in codes: zero or forget fits, or an optimizer with moments in float32"
     if optim.weight_decay == 0 and changed(optim, "no_decay"):
         yield "optim.no_decay has no effect while optim.weight_decay is 0"
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
