@@ -5,8 +5,8 @@ Merging writes the deltas into a copy of the stored weight and keeps the origina
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ class Fused(Protocol):
         """What the layer answers to x; None where it is to compute that plainly."""
 
 
+class Taken(NamedTuple):
+    """What was taken out of a quantised layer before it was rounded, see quantised.py."""
+
+    name: str  # of the adapter whose start it is
+    exact: Callable[[], Tensor]  # gives W [out, in] as its file has it
+
+
 class Adapted(Wrapper):
     """A Linear, Conv1D, Embedding or norm with deltas. Called as the layer is called."""
 
@@ -34,6 +41,7 @@ class Adapted(Wrapper):
         self.site = site_of(name, layer)
         self.merged: list[str] = []
         self._originals: dict[str, nn.Parameter] = {}  # the layer's own tensors while deltas are merged
+        self.taken: Taken | None = None
         self.fused: Fused | None = None  # what computes this layer in one node where it can, see fused.py
         self._squares: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # a weight, what tells that it has changed, ‖rows‖²
 
@@ -93,7 +101,9 @@ class Adapted(Wrapper):
     @torch.no_grad()
     def fold(self, names: Sequence[str], share: float = 1.0) -> None:
         """Write deltas, or a share of each, into the base layer's own tensors, one after the other."""
-        layer = self.base_layer
+        layer, stored = self.base_layer, self.base_layer.weight
+        if weights.is_quantised(stored):  # nothing is rounded to codes anew: the layer has plain values from here on
+            layer.weight = nn.Parameter(weights.dequantised(stored, torch.float32), requires_grad=stored.requires_grad)
         for name in names:
             delta: Delta = self.adapters[name]
             product, moves_bias = delta.product(), type(delta).bias_delta is not Delta.bias_delta
@@ -109,6 +119,8 @@ class Adapted(Wrapper):
                 weights.add_product_to_weight(layer.weight, *stored, scale * share)
             if bias_delta is not None:
                 weights.add_to_weight(bias, bias_delta * share)
+        if weights.is_quantised(stored):
+            layer.weight.data = layer.weight.data.to(stored.dtype)  # once, and not for each delta
 
 
 class Below:

@@ -13,14 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replace_field
 
 import torch
 from torch import Tensor, nn
 
 from deltune import weights
-from deltune.adapters.adapted import Adapted
+from deltune.adapters.adapted import Adapted, Taken
 from deltune.adapters.bank import Bank, scopes
 from deltune.adapters.config import AdapterConfig, complaint, name_of
 from deltune.adapters.delta import Delta
@@ -28,6 +28,7 @@ from deltune.adapters.experts import AdaptedStack, expert_delta
 from deltune.adapters.fused import unfuse
 from deltune.adapters.layers import Site, Stack, kind_of, out_in, site_of
 from deltune.adapters.magnitude import Magnitude
+from deltune.adapters.quantised import Originals, exact_weight, is_quantised, put_back, take_out
 from deltune.adapters.targets import inside, output_head, select
 from deltune.adapters.whole import ModelDelta, host_of
 from deltune.adapters.wrapper import Beside, TrainedCopy, Wrapper, hosts, original, replace, walk, wrappers
@@ -47,23 +48,38 @@ class Prepared:
     deltas: dict[str, Delta]
     banks: list[Bank]  # what deltas share, each once
     copies: dict[str, nn.Module]
+    taken: dict[str, Taken] = field(default_factory=dict)  # by layer, what its start took out of a quantised weight
+
+    def put_back(self) -> None:
+        """Undo the one change that is made to the model before everything is filled."""
+        for place, taken in self.taken.items():
+            put_back(self.places[place], taken.exact())
+        self.taken.clear()
 
 
-def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default", seed: int = 0) -> nn.Module:
+def attach(
+    model: nn.Module, config: AdapterConfig, *, name: str = "default", seed: int = 0, originals: Originals | None = None
+) -> nn.Module:  # fmt: skip
     """Add an adapter, in place, and return the model. It runs beside the adapters that are active already.
 
     The start of each layer is a function of the seed and the layer's name alone. On the meta device nothing is filled.
-    Raises AdapterError if the config does not fit the model.
+    `originals` gives a quantised layer's weight [out, in] as it was before; a start that is taken out of W then looks at
+    that one, and the layer is rounded anew without it, see quantised.py. Raises AdapterError if the config does not fit.
     """
     prepared = prepare(model, config, name)
     config.delta_class().check(config, list(prepared.deltas))
-    begin(prepared, seed)
+    unmerge(model)
+    try:
+        begin(prepared, seed, originals)
+    except BaseException:
+        prepared.put_back()
+        raise
     install(model, prepared, trainable=True)
     return model
 
 
 @torch.no_grad()
-def begin(prepared: Prepared, seed: int | str) -> None:
+def begin(prepared: Prepared, seed: int | str, originals: Originals | None = None) -> None:
     """Fill a prepared adapter with its start: what needs no data, then what looks at the base's weights."""
     for bank in prepared.banks:
         if bank.sites[0].device.type == "meta":
@@ -76,8 +92,15 @@ def begin(prepared: Prepared, seed: int | str) -> None:
     for place, delta in prepared.deltas.items():
         if delta.site.device.type != "meta":
             delta.reset(generator_for(place, seed))
-            if delta.starts_from_base:
-                delta.start(looked_at(prepared.places[place], delta), generator_for(f"{place}.start", seed))
+            module, generator = prepared.places[place], generator_for(f"{place}.start", seed)
+            if delta.starts_from_original and originals is not None and is_quantised(module):
+                W = exact_weight(module, place, originals)
+                delta.start(looked_at(module, delta, W), generator)
+                if take_out(module, delta, W):
+                    prepared.taken[place] = Taken(prepared.name, functools.partial(exact_weight, module, place, originals))
+                delta.settle(stored_weight_of(module))
+            elif delta.starts_from_base:
+                delta.start(looked_at(module, delta), generator)
             if type(delta).start_bias is not Delta.start_bias and delta.site.has_bias:
                 delta.start_bias(bias_of(prepared.places[place]))
 
@@ -97,11 +120,12 @@ def stored_weight_of(module: nn.Module) -> Tensor:
         return out_in(original(module), weight.detach())
 
 
-def looked_at(module: nn.Module, delta: Delta) -> Tensor:
-    """What a delta's start looks at: W [out, in], or [W, b] if it says so and the layer has a bias."""
+def looked_at(module: nn.Module, delta: Delta, W: Tensor | None = None) -> Tensor:
+    """What a delta's start looks at: W [out, in], or [W, b] if it says so and the layer has a bias. W: in its weight's place."""
+    W = stored_weight_of(module) if W is None else W
     if delta.looks_at_stored:
-        return stored_weight_of(module)
-    W = weight_of(module)
+        return W
+    W = weights.float_view(W)
     return torch.cat([W, bias_of(module).to(W).unsqueeze(1)], dim=1) if delta.bias_column and delta.site.has_bias else W
 
 
@@ -212,6 +236,8 @@ def install(model: nn.Module, prepared: Prepared, *, trainable: bool) -> None:
             wrapper = TrainedCopy(module) if place in prepared.copies else AdaptedStack(place, module) if isinstance(module, Stack) else Adapted(place, module)
             exchange[id(module)] = wrapper
         wrapper.add(prepared.name, part, trainable=trainable)
+        if place in prepared.taken:
+            wrapper.taken = prepared.taken[place]
     replace(model, exchange)
     for _, wrapper in wrappers(model):
         wrapper.set_active(names)
@@ -387,6 +413,8 @@ def _remove(model: nn.Module, name: str) -> None:
             wrapper.take_off()
         elif not wrapper.adapters and isinstance(wrapper, Wrapper):
             exchange[id(wrapper)] = wrapper.base_layer
+            if isinstance(wrapper, Adapted) and wrapper.taken is not None and is_quantised(wrapper):
+                put_back(wrapper, wrapper.taken.exact())
     replace(model, exchange)
     for host, holder in hosts(model):
         if not holder.adapters:

@@ -157,6 +157,20 @@ class Delta(Stored):
         """The part of the start that looks at W [out, in], float32 or wider; called after reset, and not after a load."""
 
     @property
+    def starts_from_original(self) -> bool:
+        """Whether `start`, on a quantised base, is to look at W as it was before it was rounded. Not where `ready` measures W
+        and does not save it: a load must find the same, and the rounded weight is what is always there."""
+        return self.starts_from_base and not self.measures_base
+
+    def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
+        """(B₀, A₀, s) if ΔW = Δ' - s·B₀·A₀ with Δ' = s·B₀·A₀ at the start: what the start takes out of W, for a quantised
+        layer to be rounded without it, see quantised.py. None if there is nothing of the kind."""
+        return None
+
+    def settle(self, W: Tensor) -> None:
+        """After `start` on a quantised base: its weight [out, in] as it stands, for what has to fit that one."""
+
+    @property
     def measures_base(self) -> bool:
         """Whether `ready` does anything, so that W need not be read where it does not."""
         return type(self).ready is not Delta.ready

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltune.adapters import dense
 from deltune.errors import AdapterError
+from deltune.weights import dequantised, is_quantised
 
 # Off the CPU: up to this many entries for each row or column, single entries are cheaper than a dense product.
 FEW = 2
@@ -240,7 +241,8 @@ class PlusEntries(torch.autograd.Function):
 
 def _summed(W: Tensor, values: Tensor, flat: Tensor) -> Tensor:
     """W with the values added at their places."""
-    whole = W.clone(memory_format=torch.contiguous_format)
+    # values that exist anyway are written on
+    whole = dequantised(W) if is_quantised(W) else W.clone(memory_format=torch.contiguous_format)
     whole.view(-1).index_add_(0, flat, values.to(W.dtype))
     return whole
 

@@ -118,7 +118,7 @@ class ExpertLora(Lora):
 
     def build(self) -> None:
         super().build()  # for its checks, and for what is trained
-        for name in ("lora_A", "lora_B", *(("start_A", "start_B") if self.taken_out else ())):
+        for name in ("lora_A", "lora_B", *(("start_A", "start_B") if self.is_taken_out else ())):
             single = getattr(self, name)
             many = torch.empty(self.site.experts, *single.shape, **self.storage)
             setattr(self, name, nn.Parameter(many) if isinstance(single, nn.Parameter) else many)
@@ -134,7 +134,7 @@ class ExpertLora(Lora):
         self._begin_with(*_stacked(begin(own, self.rank, self.scale, generator, self.config) for own in W))
 
     def product(self) -> tuple[Tensor, Tensor, float]:
-        if not self.taken_out:
+        if not self.is_taken_out:
             return self.lora_B, self.lora_A, self.scale
         return torch.cat([self.lora_B, -self.start_B], 2), torch.cat([self.lora_A, self.start_A], 1), self.scale
 
@@ -165,7 +165,7 @@ class ExpertLora(Lora):
             A, B = B.transpose(1, 2), A.transpose(1, 2)
         self.lora_A.copy_(A[:, : self.rank])
         self.lora_B.copy_(B[:, :, : self.rank])
-        if self.taken_out:
+        if self.is_taken_out:
             self.start_A.copy_(A[:, self.rank :])
             self.start_B.copy_(-B[:, :, self.rank :])
 

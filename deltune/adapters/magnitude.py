@@ -74,7 +74,18 @@ class Magnitude(Delta):
             self.inner.start(weights.float_view(W), generator)
         if self.inner.measures_base:
             self.inner.ready(weights.float_view(W))
+        self.settle(W)
+
+    @torch.no_grad()
+    def settle(self, W: Tensor) -> None:
         self.magnitude.copy_(self.norms(W))
+
+    @property
+    def starts_from_original(self) -> bool:
+        return self.inner.starts_from_original
+
+    def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.inner.taken_out()
 
     @property
     def measures_base(self) -> bool:
@@ -92,14 +103,15 @@ class Magnitude(Delta):
         """
         product = self.inner.running_product() if self.inner.in_product_form else self.inner.product()
         if product is None:
-            change = self.inner.delta(weights.float_view(W))
+            change = self.inner.delta(weights.float_view(W) if self.inner.reads_base else None)
             return torch.cat([torch.linalg.vector_norm(W[rows] + change[rows], dim=1) for rows in weights.row_blocks(W)])
         left, right, scale = product
         squares = weights.row_squares(W) if squares is None else squares
         left, right = left.to(torch.promote_types(left.dtype, squares.dtype)), right.to(torch.promote_types(right.dtype, squares.dtype))
         # a start with B = 0 need not read W again; on a GPU looking would cost more than it saves
         zero = left.device.type == "cpu" and not left.any()
-        short = as_stored and W.dtype == torch.bfloat16 and weights.multiplies_bfloat16(W.device)
+        # a quantised weight's values are formed block by block
+        short = as_stored and W.dtype == torch.bfloat16 and weights.multiplies_bfloat16(W.device) and not weights.is_quantised(W)
         if zero:
             return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
         own = ((left @ (right @ right.T)) * left).sum(1)

@@ -94,8 +94,8 @@ class MovingBase:
                     raise AdapterError(
                         f"{place}: its {leaf} is tied to another layer, which {self.config.name} would change as well. Put {place} into exclude, or name targets without it"
                     )
-                if not tensor.is_floating_point():
-                    raise AdapterError(f"{place}: its {leaf} is stored as {tensor.dtype}; folding a change into it would round it anew each time. {self.config.name} needs a base in a floating type")
+                if weights.is_quantised(tensor) or not tensor.is_floating_point():
+                    raise AdapterError(f"{place}: its {leaf} is stored quantised; folding a change into it would round it anew each time. {self.config.name} needs a base in a floating type: quant=none")
 
     def moved_leaves(self, place: str) -> list[str]:
         delta = self.deltas[place]

@@ -30,6 +30,7 @@ class QuantisedTensor(Tensor):
     `dtype` is the type in which its values are given. `codes`: uint8 [⌈out · in / 2⌉], two a byte, or int8 [out, in];
     `scales`: float32, one a block (int8: one a row), or with double quantisation uint8 codes, with `scales_of_scales`
     float32, one for 256 of them, and their `mean` float32 []. `transposed`: the weight is that of `stored_shape`, turned.
+    `left` [out, r] and `right` [r, in], in `dtype`: a product that is part of the weight and was never rounded to codes.
     """
 
     kind: str
@@ -40,6 +41,8 @@ class QuantisedTensor(Tensor):
     scales: Tensor
     scales_of_scales: Tensor | None
     mean: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     @staticmethod
     def __new__(cls, parts: dict[str, Tensor], kind: str, block_size: int, stored_shape: tuple[int, int], dtype: torch.dtype, transposed: bool = False):
@@ -102,7 +105,7 @@ class QuantisedTensor(Tensor):
         return func(*args, **kwargs)
 
 
-PARTS = ("codes", "scales", "scales_of_scales", "mean")
+PARTS = ("codes", "scales", "scales_of_scales", "mean", "left", "right")
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten.matmul.default)
 
 
@@ -181,6 +184,23 @@ def quantised_like(tensor: Tensor, values: Tensor) -> Tensor:
     return new._with(transposed=tensor.transposed)
 
 
+@torch.no_grad()
+def quantised_beside(tensor: Tensor, values: Tensor, left: Tensor, right: Tensor) -> QuantisedTensor:
+    """`values` [out, in] as left [out, r] @ right [r, in], kept beside in the tensor's type, and the rest, which alone is
+    quantised, in the tensor's way. The sum of both is what the new tensor's values are."""
+    if not isinstance(tensor, QuantisedTensor) or tensor.transposed:
+        raise DeltuneError("only a weight that is stored quantised, as it is stored, can have a product beside it")
+    left, right = (side.detach().to(tensor.device, tensor.dtype).contiguous() for side in (left, right))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    rest = quantised_like(tensor, torch.addmm(values.to(tensor.device, wide), left.to(wide), right.to(wide), alpha=-1))
+    return QuantisedTensor(rest.parts() | {"left": left, "right": right}, **rest.__tensor_flatten__()[1])
+
+
+def held_beside(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The (left, right) of `quantised_beside`; None where there are none."""
+    return (tensor.left, tensor.right) if isinstance(tensor, QuantisedTensor) and tensor.left is not None else None
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor's values take: of a quantised one its codes and scales."""
     parts = tensor.parts().values() if isinstance(tensor, QuantisedTensor) else (tensor,)
@@ -200,6 +220,8 @@ def _values(tensor: QuantisedTensor, out: Tensor) -> Tensor:
         coding.dequantise_int8(tensor.codes, tensor.scales, out)
     else:
         coding.dequantise_4bit(tensor.codes, _scales(tensor), tensor.kind, tensor.block_size, out.view(-1))
+    if tensor.left is not None:
+        out.addmm_(tensor.left.to(out.dtype), tensor.right.to(out.dtype))
     return out.T if tensor.transposed else out
 
 
@@ -217,7 +239,12 @@ def _scales(tensor: QuantisedTensor, first: int = 0, last: int | None = None) ->
 
 @torch.no_grad()
 def _rows(tensor: QuantisedTensor, start: int, stop: int) -> Tensor:
-    """Values of rows `start` to `stop`; blocks run on over the ends of rows, so the first and last may be of others."""
+    rows = _coded_rows(tensor, start, stop)
+    return rows if tensor.left is None else rows.addmm_(tensor.left[start:stop], tensor.right)
+
+
+def _coded_rows(tensor: QuantisedTensor, start: int, stop: int) -> Tensor:
+    """Values of the codes of rows `start` to `stop`; blocks run on over the ends of rows, so the first and last may be of others."""
     out = torch.empty(stop - start, tensor.stored_shape[1], dtype=tensor.dtype, device=tensor.device)
     if tensor.kind == "int8":
         return coding.dequantise_int8(tensor.codes[start:stop], tensor.scales[start:stop], out)

@@ -1,19 +1,21 @@
 """What tells one base model from another: its tensors' names and shapes, and a sample of their values.
 
 The sample is hashed once for every floating type that the stored weights can be rounded to, so that the same model
-loaded in float32 and in bfloat16 is known to be the same.
+loaded in float32 and in bfloat16 is known to be the same. Quantised weights have a hash each, and the others one without
+them: a model and its quantised form are compared by what both hold as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltune import weights
 from deltune.adapters.adapted import Adapted
 from deltune.adapters.layers import Stack
 from deltune.adapters.wrapper import original, walk
@@ -43,19 +45,33 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def identity(model: nn.Module) -> dict[str, Any]:
-    """`class`, `num_parameters`, `shapes` (sha256) and `weights` (type name to sha256) of the base model."""
+def identity(model: nn.Module, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """`class`, `num_parameters`, `shapes` (sha256) and `weights` (type name to sha256) of the base model, and of one that is
+    quantised `quantised` (name to a hash); `weights` leaves these out, and those that are named in `without`."""
     unique = {id(tensor): (name, tensor.detach()) for name, tensor in reversed(base_tensors(model).items())}
     tensors = dict(sorted(unique.values(), key=lambda item: item[0]))
     shapes = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors.items()])
-    samples = [_sample(tensor) for tensor in tensors.values() if tensor.is_floating_point()]
+    quantised = {name: _short_digest(tensor) for name, tensor in tensors.items() if weights.is_quantised(tensor)}
+    left_out = {*quantised, *without}
+    samples = [_sample(tensor) for name, tensor in tensors.items() if tensor.is_floating_point() and name not in left_out]
     common = [t for t in COARSER if all(t in COARSER.get(sample.dtype, ()) for sample in samples)]
     return {
         "class": type(model).__name__,
         "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
         "weights": {str(t).removeprefix("torch."): _digest(samples, t) for t in common},
+        **({"quantised": quantised} if quantised else {}),
     }
+
+
+def _short_digest(tensor: Tensor) -> str:
+    """Of a sample of a quantised weight's values, in a type in which devices that round their last digits apart agree."""
+    rows, columns = tensor.shape
+    count = min(SAMPLES, rows * columns)
+    places = torch.arange(count, dtype=torch.int64, device=tensor.device) * STRIDE % (rows * columns)
+    values = weights.dequantised(tensor[places // columns], torch.float32)
+    sample = values[torch.arange(count, device=tensor.device), places % columns].cpu()
+    return _digest([sample], torch.bfloat16)[:16]
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -71,14 +87,22 @@ def _digest(samples: list[Tensor], dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def difference(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the base that an adapter was made on differs from this one; None if they are the same as far as can be told."""
+def difference(recorded: Mapping[str, Any], found: Mapping[str, Any], but: Collection[str] = ()) -> str | None:
+    """How the base that an adapter was made on differs from this one; None if they are the same as far as can be told.
+    Quantised weights named in `but` are not compared."""
     if recorded["shapes"] != found["shapes"]:
         return (
             f"it was a {recorded['class']} of {recorded['num_parameters']:,} parameters, and this is a {found['class']} of "
             f"{found['num_parameters']:,} with other tensors or shapes"
         )
+    before, now = recorded.get("quantised", {}), found.get("quantised", {})
+    if not set(now) <= set(before):
+        return None  # what both hold as it is has no hash of its own
     common = [dtype for dtype in found["weights"] if dtype in recorded["weights"]]
     if common and all(recorded["weights"][dtype] != found["weights"][dtype] for dtype in common):
         return "it has the same shapes and other weights"
+    both = [name for name in before if name in now and name not in but]
+    # a few may differ by a device's rounding
+    if both and sum(before[name] != now[name] for name in both) > len(both) / 2:
+        return "it has the same shapes, and its quantised weights are others or quantised otherwise"
     return None

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.adapters.attach import Prepared, install, looked_at, prepare
+from deltune.adapters.adapted import Taken
+from deltune.adapters.attach import Prepared, install, looked_at, prepare, unmerge
 from deltune.adapters.config import ADAPTERS, AdapterConfig, OverTime, complaint
 from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
 from deltune.adapters.files.peft import (
     CONFIG_FILE,
+    OWN,
     PREFIX,
     TENSOR_FILE,
     WHOLE,
@@ -26,9 +28,12 @@ from deltune.adapters.files.peft import (
     file_tensors,
     form_for,
     format_of,
+    own_format,
     read_config,
 )
 from deltune.adapters.files.save import FORMAT, SIDECAR
+from deltune.adapters.files.vocabulary import give_rows, undone_if_it_fails
+from deltune.adapters.quantised import Originals, exact_weight, is_quantised, take_out
 from deltune.adapters.wrapper import base_name
 from deltune.errors import AdapterError, DeltuneError
 from deltune.log import logger
@@ -37,14 +42,17 @@ from deltune.weights import PICKLE_ENDINGS, check_tensor, read_tensors, sha256_o
 SHOWN = 5  # names listed in a message
 
 
+@undone_if_it_fails
 def load_adapter(
-    model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False
-) -> nn.Module:
+    model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False,
+    originals: Originals | None = None,
+) -> nn.Module:  # fmt: skip
     """Attach an adapter from a folder that Deltune or PEFT wrote, in place, and return the model.
 
     A folder without an adapter of its own may have it in a sub-folder of its name, as PEFT writes them. It runs beside
     the adapters that are active already, and is frozen unless `trainable`. `any_base` allows a base model other than the
-    one it was made on. A `.ckpt` file is taken for one of MyTransformers', see mytransformers.py. Raises AdapterError if
+    one it was made on. `originals` gives a quantised layer's weight as it was before, for an adapter whose start was taken
+    out of it (see quantised.py). A `.ckpt` file is taken for one of MyTransformers', see mytransformers.py. Raises AdapterError if
     anything does not fit; the model is then as it was.
     """
     if Path(folder).suffix == ".ckpt":
@@ -56,18 +64,20 @@ def load_adapter(
         fields = _read_json(folder / CONFIG_FILE)
     with _at(folder / TENSOR_FILE):
         tensors = _read_all(folder)
-    recorded: Mapping[str, Any] = {}
+        give_rows(model, fields, tensors)
+    record: Mapping[str, Any] = {}
     if (folder / SIDECAR).exists():
         with _at(folder / SIDECAR):
             record = _read_json(folder / SIDECAR)
             _check_record(model, folder, record, any_base)
-            recorded = record.get("config") or {}
     with _at(folder / CONFIG_FILE):
         check_types(model, tensors)
         read = read_config(model, fields)
-        prepared = prepare(model, _as_recorded(read, recorded, fields), name)
+        prepared = prepare(model, _as_recorded(read, record.get("config") or {}, fields), name)
     with _at(folder / TENSOR_FILE):
         _fill(model, prepared, _completed(prepared, fields, tensors))
+    with _at(folder / SIDECAR):
+        _take_out(model, prepared, record, originals, any_base)
     install(model, prepared, trainable=trainable)
     return model
 
@@ -82,7 +92,8 @@ def _as_recorded(read: AdapterConfig, recorded: Mapping[str, Any], fields: Mappi
         given = config_class(**{**recorded, "schedule": OverTime(**recorded["schedule"])})
     except (KeyError, TypeError):  # no record, or one of another version
         return read
-    written = form_for(given).write(given)
+    ours = str(fields.get("peft_type")).startswith(OWN)
+    written = (own_format(type(given)) if ours else form_for(given)).write(given)
     if complaint(given) or any(fields.get(name) != value for name, value in written.items()):
         return read
     return dataclasses.replace(given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save)
@@ -127,11 +138,13 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
 def _check_record(model: nn.Module, folder: Path, record: Mapping[str, Any], any_base: bool) -> None:
     if record.get("format") != FORMAT:
         raise AdapterError(f"format is {record.get('format')!r}; this version reads {FORMAT}")
-    found = identity(model)
     try:
+        quantised = record["base"].get("quantised", {})
+        found = identity(model, without=quantised)
         recorded_hash, recorded_types = record["sha256"][TENSOR_FILE], set(record["base"]["weights"])
-        problem = difference(record["base"], found)
-    except (KeyError, TypeError) as error:
+        problem = difference(record["base"], found, but=_taken_weights(record))
+        unknown = not recorded_types & set(found["weights"]) or not set(found.get("quantised", ())) <= set(quantised)
+    except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"not as it was written: {error}") from None
     if recorded_hash != sha256_of(folder / TENSOR_FILE):
         raise AdapterError(
@@ -140,8 +153,40 @@ def _check_record(model: nn.Module, folder: Path, record: Mapping[str, Any], any
         )
     if problem and not any_base:
         raise AdapterError(f"the adapter was made on another base model: {problem}. To load it all the same, give any_base")
-    if not problem and not recorded_types & set(found["weights"]):
-        logger.warning("%s: the base model's shapes fit; its weights cannot be compared, for the adapter was made in another number type", folder)
+    if not problem and unknown:
+        logger.warning("%s: the base model's shapes fit; its weights cannot be compared, for they are stored in another way than those that the adapter was made on", folder)
+
+
+def _taken_weights(record: Mapping[str, Any]) -> list[str]:
+    return [f"{place}.weight" for place in record.get("taken_out", [])]
+
+
+@torch.no_grad()
+def _take_out(model: nn.Module, prepared: Prepared, record: Mapping[str, Any], originals: Originals | None, any_base: bool) -> None:
+    """Have quantised layers be rounded without the adapter's start, as they were when it was made. On a base that is not
+    quantised there is nothing to do: what was taken out and what is added are the same there."""
+    if record.get("taken_out"):
+        unmerge(model)
+    for place in record.get("taken_out", []):
+        module = prepared.places.get(place)
+        if module is None or not is_quantised(module):
+            continue
+        if originals is None:
+            raise AdapterError(
+                f"{place}: the adapter's start was taken out of this layer before it was quantised, so its weight has to be read "
+                "again: give originals=models.load.originals(config), or load the base without quantisation"
+            )
+        try:
+            if not take_out(module, prepared.deltas[place], exact_weight(module, place, originals)):
+                raise AdapterError(f"{place}: the start of another adapter was taken out of this layer already, and only one can be; detach that one first")
+        except BaseException:
+            prepared.put_back()
+            raise
+        prepared.taken[place] = Taken(prepared.name, functools.partial(exact_weight, module, place, originals))
+    problem = difference(record["base"], identity(model, without=record["base"].get("quantised", {}))) if prepared.taken else None
+    if problem and not any_base:
+        prepared.put_back()
+        raise AdapterError(f"the adapter was made on another base model: {problem}. To load it all the same, give any_base")
 
 
 def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -58,11 +58,12 @@ def format_of(fields: Mapping[str, Any]) -> tuple[type[AdapterConfig], PeftForma
     return (told or [found for found in sharing if found[1].told is None] or sharing)[0]
 
 
-def form_for(config: AdapterConfig, deltas: Mapping[str, Delta] | None = None) -> PeftFormat:
-    """PEFT's format where it can say what this config is, on these layers, else our own in the same container."""
+def form_for(config: AdapterConfig, deltas: Mapping[str, Delta] | None = None, *, taken: bool = False) -> PeftFormat:
+    """PEFT's format where it can say what this config is, on these layers, else our own in the same container. `taken`: its
+    start was taken out of quantised layers, so its base is none that PEFT could load."""
     form = config.delta_class().peft
     unsaid = any(delta.site.kind == "experts" and not isinstance(delta, ExpertLora) for delta in (deltas or {}).values())
-    if form is None or unsaid or not form.fits(config):
+    if form is None or unsaid or taken or not form.fits(config):
         return own_format(type(config))
     return form
 
@@ -195,9 +196,11 @@ def read_config(model: nn.Module, fields: Mapping[str, Any]) -> AdapterConfig:
     return config_class(**chosen, modules_to_save=saved_names(fields), **form.read(fields))
 
 
-def write_fields(model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None) -> dict[str, Any]:
-    """PEFT's fields for an adapter on this model."""
-    form = form_for(config, deltas)
+def write_fields(
+    model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], base: str | None, *, taken: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """PEFT's fields for an adapter on this model; `taken` as in `form_for`."""
+    form = form_for(config, deltas, taken=taken)
     stacks = [place for place, delta in deltas.items() if delta.site.kind == "experts"] if form.type == TAKES_PARAMETERS else []
     fields = {
         "peft_type": form.type,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from deltune.adapters.adapted import Adapted
 from deltune.adapters.attach import adapters
 from deltune.adapters.delta import Delta
 from deltune.adapters.files.identity import identity
@@ -35,7 +36,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         raise AdapterError(f"the model has no adapter {name!r} to save; it has {', '.join(there) or 'none'}")
     parts = {place: wrapper.adapters[name] for place, wrapper in wrappers(model) if name in wrapper.adapters}
     deltas = {place: part for place, part in parts.items() if isinstance(part, Delta)}
-    fields = write_fields(model, there[name], deltas, base or _base_path(model))
+    taken = [place for place, wrapper in wrappers(model) if isinstance(wrapper, Adapted) and name in wrapper.adapters and _is_taken(place, wrapper, name)]
+    fields = write_fields(model, there[name], deltas, base or _base_path(model), taken=bool(taken))
     tensors = {key: tensor for place, part in parts.items() for key, tensor in file_tensors(place, part).items()}
     banks = {id(bank): bank for delta in deltas.values() for bank in delta.banks_held()}
     for bank in banks.values():
@@ -49,9 +51,20 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         "config": dataclasses.asdict(there[name]),
         "base": identity(model),
         "sha256": {TENSOR_FILE: sha256_of(folder / TENSOR_FILE)},
+        **({"taken_out": taken} if taken else {}),
     }
     _write_json(folder / SIDECAR, record)
     return folder
+
+
+def _is_taken(place: str, layer: Adapted, name: str) -> bool:
+    """Whether this adapter's start was taken out of its quantised layer, which a load has to do again."""
+    if layer.taken is None or layer.taken.name == name:
+        return layer.taken is not None
+    raise AdapterError(
+        f"{place}: this quantised layer was rounded without the start of adapter {layer.taken.name}, and {name!r} is a change of that "
+        "weight, which no model folder gives. What fits: make it on the base as it is loaded, quantised or not"
+    )
 
 
 def _base_path(model: nn.Module) -> str | None:

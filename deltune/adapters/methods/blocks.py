@@ -103,12 +103,12 @@ class Melora(Ranked):
                 raise AdapterError(f"{site.name}: rank is {self.rank} for all {n} blocks together, which do not divide it; {n * max(1, self.rank // n)} would do")
             self.rank //= n
             self.scale = SCALINGS[self.config.scaling](self.alpha, self.rank)
-        self.taken_out = self.config.init != "kaiming"
-        if self.taken_out and self.rank > min(site.n_in, site.n_out) // n:
+        self.is_taken_out = self.config.init != "kaiming"
+        if self.is_taken_out and self.rank > min(site.n_in, site.n_out) // n:
             raise AdapterError(f"{site.name}: init={self.config.init} gives a block a rank of at most {min(site.n_in, site.n_out) // n}, and it is {self.rank}")
         self.lora_A = nn.Parameter(torch.empty(n, self.rank, site.n_in // n, **self.storage))
         self.lora_B = nn.Parameter(torch.empty(n, site.n_out // n, self.rank, **self.storage))
-        if self.taken_out:
+        if self.is_taken_out:
             self.register_buffer("start_A", torch.empty_like(self.lora_A.data))
             self.register_buffer("start_B", torch.empty_like(self.lora_B.data))
 
@@ -116,13 +116,13 @@ class Melora(Ranked):
     def reset(self, generator: torch.Generator) -> None:
         self.lora_A.copy_(draw.kaiming(self.lora_A.shape, generator, fan=self.lora_A.shape[2]))
         self.lora_B.zero_()
-        if self.taken_out:
+        if self.is_taken_out:
             self.start_A.copy_(self.lora_A)
             self.start_B.copy_(self.lora_B)
 
     @property
     def starts_from_base(self) -> bool:
-        return self.taken_out
+        return self.is_taken_out
 
     @torch.no_grad()
     def start(self, W: Tensor, generator: torch.Generator) -> None:
@@ -141,10 +141,13 @@ class Melora(Ranked):
     def pair(self) -> tuple[Tensor, Tensor]:
         """Blocks of B and A with ΔW = s·blockdiag(B)·blockdiag(A)."""
         A, B = self.lora_A, self.lora_B
-        if not self.taken_out:
+        if not self.is_taken_out:
             return B, A
         # B·A − B₀·A₀ as B·(A − A₀) + (B − B₀)·A₀: exactly zero at the start, in one product of rank 2r
         return torch.cat([B, B - self.start_B], dim=2), torch.cat([A - self.start_A, self.start_A], dim=1)
+
+    def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
+        return (diagonal(self.start_B), diagonal(self.start_A), self.scale) if self.is_taken_out else None
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         B, A = self.pair()

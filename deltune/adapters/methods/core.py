@@ -459,6 +459,9 @@ class Kasa(Cored):
             self.lora_B.copy_(U)
             self.lora_diag.copy_(S / self.scale)
 
+    def taken_out(self) -> tuple[Tensor, Tensor, float]:
+        return self.dropped_B, self.dropped_A, 1.0
+
     def product(self) -> tuple[Tensor, Tensor, float]:
         left = self.lora_B * (self.lora_diag * self.scale)
         return torch.cat([left, -self.dropped_B], 1), torch.cat([self.lora_A, self.dropped_A]), 1.0

@@ -281,8 +281,8 @@ class Lora(Ranked):
         A, B = torch.empty(self.rank, site.n_in, **self.storage), torch.empty(site.n_out, self.rank, **self.storage)
         self._declare("lora_A", A, trained=config.train != "B")
         self._declare("lora_B", B, trained=config.train != "A")
-        self.taken_out = takes_start_out(config)
-        if self.taken_out:
+        self.is_taken_out = takes_start_out(config)
+        if self.is_taken_out:
             self._declare("start_A", torch.empty_like(A), trained=False)
             self._declare("start_B", torch.empty_like(B), trained=False)
 
@@ -310,17 +310,20 @@ class Lora(Ranked):
     def _begin_with(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
-        if self.taken_out:
+        if self.is_taken_out:
             self.start_A.copy_(self.lora_A)  # as rounded to the stored type
             self.start_B.copy_(self.lora_B)
 
+    def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
+        return (self.start_B, self.start_A, self.scale) if self.is_taken_out else None
+
     def product(self) -> tuple[Tensor, Tensor, float]:
-        if not self.taken_out:
+        if not self.is_taken_out:
             return self.lora_B, self.lora_A, self.scale
         return torch.cat([self.lora_B, -self.start_B], 1), torch.cat([self.lora_A, self.start_A]), self.scale
 
     def running_product(self) -> tuple[Tensor, Tensor, float]:
-        if not self.taken_out:
+        if not self.is_taken_out:
             return self.product()
         # B·A - B₀·A₀ as B·(A - A₀) + (B - B₀)·A₀: zeros at the start, and differences are taken before they are rounded
         B = torch.cat([self.lora_B, self.lora_B - self.start_B], 1)
@@ -353,6 +356,6 @@ class Lora(Ranked):
         a, b = self.leaves().values()
         self.lora_A.copy_(tensors[a][: self.rank])
         self.lora_B.copy_(tensors[b][:, : self.rank])
-        if self.taken_out:
+        if self.is_taken_out:
             self.start_A.copy_(tensors[a][self.rank :])
             self.start_B.copy_(-tensors[b][:, self.rank :])

@@ -339,6 +339,9 @@ class Psoft(Delta):
         a = self.vector_a if config.strength_in else eye.new_ones(config.rank)
         return b * D * a + (b * a - 1) * eye
 
+    def taken_out(self) -> tuple[Tensor, Tensor, float]:
+        return self.psoft_B, self.psoft_A, 1.0
+
     def product(self) -> tuple[Tensor, Tensor, float]:
         return self.psoft_B @ self.turn().to(self.psoft_B.dtype), self.psoft_A, 1.0
 
