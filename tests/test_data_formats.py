@@ -7,8 +7,9 @@ import json
 import pytest
 
 from deltune.data.config import Source
+from deltune.data.conversation import BadRow
 from deltune.data.detect import detect
-from deltune.data.formats import ROLES, BadRow, Schema
+from deltune.data.formats import ROLES, Schema
 from deltune.errors import DataError
 from tests.encoded import all_marked, prepared, write_rows
 from tests.tiny import tiny_tokenizer
@@ -169,7 +170,7 @@ UNKNOWN = [
     ([{"prompt": "x", "completion": "y"}], {"format": "alpaca"}, "lacks 'instruction', 'output'"),
     ([{"chosen": "a", "rejected": "b", "prompt": "c"}], {}, "preference pairs"),
     ([{"messages": [*CHAT], "label": True}], {}, "KTO"),
-    ([{"instruction": "a", "instances": []}], {}, "one row {instruction, input, output} for each instance"),
+    ([{"instruction": "a", "instances": []}], {}, "a.jsonl:1: instances holds no instance"),
     ([{"input_ids": [1, 2], "text": "a"}], {}, "tokenised already"),
     ([{"question": "a", "options": ["x"], "answer": "A"}], {}, "multiple-choice"),
     ([["a", "b"], 3], {}, "no row is an object with named values"),
@@ -206,7 +207,8 @@ BAD_ROWS = [
     ("alpaca", {"instruction": "a", "output": None}, "no key 'output' (or it is null)"),
     ("alpaca", {"instruction": "a", "output": " \n"}, "output is empty"),
     ("alpaca", {"instruction": "a", "output": 3}, "output must be text, but is a number"),
-    ("alpaca", {"instruction": ["a"], "output": "b"}, "instruction must be text, but is a list"),
+    ("alpaca", {"instruction": [], "output": "b"}, "instruction must be text, but is a list"),
+    ("alpaca", {"instruction": [1], "output": "b"}, "instruction must be text, but is a number"),
     ("alpaca", {"instruction": " ", "input": "", "output": "b"}, "instruction and input are both empty"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}, "history must be a list of [prompt, answer] pairs"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["a", ""]]}, "an answer in history is empty"),
@@ -242,7 +244,7 @@ BAD_ROWS = [
 def test_a_row_that_does_not_fit_says_why(format, row, reason):
     needed, optional = ROLES[format]
     with pytest.raises(BadRow) as error:
-        Schema(format, {role: role for role in (*needed, *optional)}).conversation(row)
+        Schema(format, {role: role for role in (*needed, *optional)}).conversations(row)
     assert reason in str(error.value)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltune.data.config import DataConfig
+from deltune.data.conversation import BadRow, Conversation, Message
 from deltune.data.encode import Encoder
-from deltune.data.formats import BadRow, Conversation, Message
 from deltune.errors import DataError
 from tests.encoded import all_marked, prepared, write_rows
 from tests.tiny import tiny_tokenizer
@@ -87,8 +87,8 @@ def test_whatever_the_limits_an_example_keeps_an_answer_with_its_end(turns, max_
     text = lambda n: "".join(next(letters) for _ in range(n))  # noqa: E731
     messages = [m for p, a, train in turns for m in (Message("user", text(p)), Message("assistant", text(a), train=train))]
     config = DataConfig(template="plain", max_length=max_length, max_source_length=source, max_target_length=target)
-    ((examples, _),) = Encoder(config, TOKENIZER, "messages").encode([Conversation(tuple(messages))])
-    ((uncut, _),) = Encoder(DataConfig(template="plain", max_length=10**6), TOKENIZER, "messages").encode([Conversation(tuple(messages))])
+    ((examples, _),) = Encoder(config, TOKENIZER, "messages").encode([[Conversation(tuple(messages))]])
+    ((uncut, _),) = Encoder(DataConfig(template="plain", max_length=10**6), TOKENIZER, "messages").encode([[Conversation(tuple(messages))]])
     if isinstance(uncut, BadRow):  # nothing is trained in it, limits or not
         assert isinstance(examples, BadRow)
         return
@@ -112,7 +112,7 @@ def test_whatever_the_limits_an_example_keeps_an_answer_with_its_end(turns, max_
 def test_every_token_of_a_document_but_the_first_is_predicted_once(num_tokens, max_length):
     text = "".join(chr(33 + i % 90) for i in range(num_tokens))
     encoder = Encoder(DataConfig(mode="pretrain", max_length=max_length), TOKENIZER, "text")
-    ((pieces, _),) = encoder.encode([Conversation(text=text)])
+    ((pieces, _),) = encoder.encode([[Conversation(text=text)]])
     whole = [*TOKENIZER(text)["input_ids"], EOS]
     assert [int(i) for p in pieces for i in p.ids[p.trained]] == whole[1:]
     assert all(2 <= len(p.ids) <= max_length for p in pieces)

@@ -122,7 +122,6 @@ def test_plain_text_for_pretraining_reads_40_thousand_lines(real_data):
 
 
 REFUSED = {
-    "self_instruct/seed_tasks.jsonl": "one row {instruction, input, output} for each instance",
     "preference/dpo_en_demo.json": "preference pairs (chosen, rejected)",
     "preference/hh_rlhf_tiny.json": "preference pairs (chosen, rejected)",
     "preference/kto_en_demo.json": "KTO",

@@ -310,7 +310,7 @@ def test_a_conversation_can_be_encoded_by_itself():
     """What chat and generation use: the same encoder, without files."""
     tokenizer = tokenizer_with(CHATML)
     encoder = Encoder(DataConfig(), tokenizer, "messages")
-    conversation = Schema("messages", {"messages": "messages", "system": "system", "tools": "tools"}).conversation({"messages": TURNS})
-    (((example,), notes),) = encoder.encode([conversation])
+    row = Schema("messages", {"messages": "messages", "system": "system", "tools": "tools"}).conversations({"messages": TURNS})
+    (((example,), notes),) = encoder.encode([row])
     assert example.trained.sum() == (8 + 1) + (3 + 1)  # "Hi\nthere" and "字" in bytes, each with its end
     assert not notes

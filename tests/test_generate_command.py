@@ -10,8 +10,8 @@ import pytest
 from deltune.commands import generate as command
 from deltune.commands.prompts import PromptWriter, parse, read_prompts
 from deltune.data.config import DataConfig
+from deltune.data.conversation import BadRow, Conversation, Message
 from deltune.data.encode import Encoder
-from deltune.data.formats import BadRow, Conversation, Message
 from deltune.errors import ConfigError, DataError
 from deltune.models.generation import GenerateOptions, generate, render_prompt
 from deltune.settings import GenerateSettings, load
@@ -201,7 +201,7 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(template, format)
     settings = load(GenerateSettings, mapping={"prompt": "x", "template": template, **parts})
     turns = (Message("user", "hello", input="in" if format == "alpaca" else ""), Message("assistant", "first", train=True), Message("user", "more"))
     encoder = Encoder(DataConfig(template=template, **parts), tokenizer, format)
-    ((examples, _),) = encoder.encode([Conversation((*turns, Message("assistant", "the real answer", train=True)))])
+    ((examples, _),) = encoder.encode([[Conversation((*turns, Message("assistant", "the real answer", train=True)))]])
     row = examples[-1]
     answer = tokenizer("the real answer")["input_ids"] + [tokenizer.eos_token_id]
     start = len(row.ids) - len(answer)

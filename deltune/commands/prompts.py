@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltune.data.config import DataConfig
-from deltune.data.formats import ROLES, BadRow, Conversation, Message, Schema, keys_of
+from deltune.data.conversation import BadRow, Conversation, Message, keys_of
+from deltune.data.formats import ROLES, Schema
 from deltune.errors import DataError
 from deltune.log import logger
 
@@ -93,7 +94,7 @@ def parse(row: Any) -> tuple[Conversation, str]:
         values = {role: row[column], answer: ANSWER}
     required, optional = ROLES[format]
     values |= {name: row[name] for name in optional if name in row}
-    conversation = Schema(format, {name: name for name in (*required, *optional)}).conversation(values)
+    (conversation,) = Schema(format, {name: name for name in (*required, *optional)}).conversations(values)
     return dataclasses.replace(conversation, messages=conversation.messages[:-1]), format
 
 
@@ -152,7 +153,7 @@ class PromptWriter:
             self._encoders[format] = Encoder(self.config, self.tokenizer, format)
         turns = tuple(dataclasses.replace(message, train=False) for message in conversation.messages)
         asked = dataclasses.replace(conversation, messages=(*turns, Message("assistant", ANSWER, train=True)))
-        ((examples, _),) = self._encoders[format].encode([asked])
+        ((examples, _),) = self._encoders[format].encode([[asked]])
         if isinstance(examples, BadRow):
             raise examples
         last = examples[-1]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltune.config.fields import option
+from deltune.data.named import NAMED
 
-FORMATS = ("auto", "alpaca", "prompt_completion", "input_output", "sharegpt", "messages", "text")
+FORMATS = (
+    "auto", "alpaca", "prompt_completion", "input_output", "sharegpt", "messages", "text", "dialogue", "tree", "tree_rows",
+    "instances", "task", "exam", "rounds", "titled", *(name for name in NAMED if name not in ("alpaca",)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class DataConfig:
     max_source_length: int | None = option(None, "Longest prompt; a longer one loses its beginning.", gt=0, unit="tokens")
     max_target_length: int | None = option(None, "Longest answer; a longer one loses its end and keeps its EOS.", gt=0, unit="tokens")
     overlong: str = option("truncate", "What to do with an example over a limit.", choices=("truncate", "skip", "error"))
+    turns: str = option("all", "Of a conversation's answers. all: one example with all of them; each: an example for each, trained alone with what stands before it; last: only the last.", choices=("all", "each", "last"))
     train_on_source: bool = option(False, "Train the prompt's tokens too.")
     read_nums: int | None = option(None, "Use only this many training rows.", gt=0)
     eval_read_nums: int | None = option(None, "Use only this many evaluation rows.", gt=0)

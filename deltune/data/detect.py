@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from deltune.data.formats import ROLES, Schema, keys_of
+from deltune.data.conversation import keys_of
+from deltune.data.formats import DOCUMENTS, ROLES, Schema
+from deltune.data.named import NAMED
 from deltune.data.read import parse_line
+from deltune.data.shapes import marks_of
 from deltune.errors import DataError
 
 FIRST_ROWS = 100
@@ -20,6 +23,14 @@ VARIANTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("sharegpt", {"conversations": "conversations"}),
     ("sharegpt", {"conversations": "conversation"}),
     ("sharegpt", {"conversations": "messages"}),
+    ("tree", {"prompt": "prompt"}),
+    ("tree_rows", {}),
+    ("instances", {"instruction": "instruction", "instances": "instances"}),
+    ("exam", {"instruction": "textbox_q_instruction", "context": "textbox_q_context", "question": "textbox_question", "answer": "textbox_answer", "analysis": "textbox_answer_analysis"}),
+    ("rounds", {"round_0": "round_0"}),
+    ("task", {"definition": "Definition", "input": "input", "output": "output"}),
+    ("task", {"definition": "definition", "input": "inputs", "output": "targets"}),
+    ("alpaca", {"instruction": "trans_instruction", "input": "trans_input", "output": "trans_output"}),
     ("alpaca", {"instruction": "instruction", "output": "output"}),
     ("alpaca", {"instruction": "instruction", "input": "context", "output": "response"}),
     ("alpaca", {"instruction": "instruction", "output": "response"}),
@@ -33,11 +44,21 @@ VARIANTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("input_output", {"input": "inputs", "output": "targets"}),
     ("input_output", {"input": "input", "output": "target"}),
     ("input_output", {"input": "source", "output": "target"}),
+    ("dialogue", {"text": "text"}),
+    ("titled", {"title": "title", "content": "content"}),
     ("text", {"text": "text"}),
     ("text", {"text": "content"}),
 )
 # what the entries of a conversation carry
 ENTRY_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
+# what a row must have beyond the names of its columns; `value` is that of the format's first role
+_TELLS: dict[str, Callable[[Mapping[str, Any], Any], bool]] = {
+    "messages": lambda row, value: _has_entries(value, "role"),
+    "sharegpt": lambda row, value: _has_entries(value, "from"),
+    "dialogue": lambda row, value: marks_of(value) is not None,
+    "tree": lambda row, value: isinstance(value, Mapping) and "role" in value,
+    "instances": lambda row, value: isinstance(row["instances"], list),
+}
 
 
 def detect(rows: Iterable[Any], *, format: str, fields: Mapping[str, str], mode: str, name: str) -> Schema:
@@ -53,9 +74,9 @@ def detect(rows: Iterable[Any], *, format: str, fields: Mapping[str, str], mode:
         if not isinstance(row, Mapping):
             continue
         seen.append(row)
-        schema = next((c for c in candidates if _fits(c, row)), None)
+        schema = next((c for c in candidates if _fits(c, row, sure=format != "auto")), None)
         foreign = _foreign(row) if format == "auto" else ""
-        if foreign and not (schema and (fields or (schema.format == "text" and mode == "pretrain"))):
+        if foreign and not (schema and (fields or (schema.format in DOCUMENTS and mode == "pretrain"))):
             raise DataError(f"{name}: {foreign}")
         if schema and all(schema != other for other, _ in found):
             found.append((schema, index))
@@ -75,15 +96,16 @@ def detect(rows: Iterable[Any], *, format: str, fields: Mapping[str, str], mode:
 
 def _candidates(format: str, fields: Mapping[str, str], mode: str) -> list[Schema]:
     found: list[Schema] = []
-    for name, columns in VARIANTS:
+    variants = NAMED[format].shapes if format in NAMED and format not in ROLES else [v for v in VARIANTS if format in ("auto", v[0])]
+    for name, columns in variants:
         required, optional = ROLES[name]
-        if format not in ("auto", name) or any(role not in (*required, *optional) for role in fields):
+        if any(role not in (*required, *optional) for role in fields):
             continue
-        schema = Schema(name, {role: role for role in (*required, *optional)} | columns | dict(fields))
+        schema = Schema(name, {role: role for role in (*required, *optional)} | dict(columns) | dict(fields))
         if schema not in found:
             found.append(schema)
     if not found:
-        formats = ROLES if format == "auto" else {format: ROLES[format]}
+        formats = {name: ROLES[name] for name, _ in variants}
         known = {f: [*required, *optional] for f, (required, optional) in formats.items()}
         every = sorted({role for roles in known.values() for role in roles})
         wrong = [role for role in fields if role not in every]
@@ -96,36 +118,41 @@ def _candidates(format: str, fields: Mapping[str, str], mode: str) -> list[Schem
             )
         raise DataError(f"data.fields: no one format has all the roles {', '.join(fields)}")
     if mode == "pretrain":
-        found.sort(key=lambda schema: schema.format != "text")
+        found.sort(key=lambda schema: schema.format not in DOCUMENTS)
     return found
 
 
-def _fits(schema: Schema, row: Mapping[str, Any]) -> bool:
+def _fits(schema: Schema, row: Mapping[str, Any], *, sure: bool) -> bool:
+    """Whether a row has a schema's columns and what tells it from others; `sure` where the format was named."""
     if any(column not in row for column in schema.needed()):
         return False
     context = schema.columns.get("input")
     if schema.format == "alpaca" and context != "input" and context not in row:
         return False  # a variant named for its input column
-    keys = ENTRY_KEYS.get(schema.format)
-    if keys is None:
-        return True
-    value = row[schema.needed()[0]]
+    if schema.format == "titled" and not sure:
+        return "dataType" in row  # WuDao's; other rows with a title and a content may mean something else by them
+    tells = _TELLS.get(schema.format)
+    return tells is None or tells(row, row[schema.needed()[0]])
+
+
+def _has_entries(value: Any, key: str) -> bool:
     if isinstance(value, str):
         value = parse_line(value)[0]
     entries = [e for e in value if isinstance(e, dict)] if isinstance(value, list) else []
-    return bool(entries) and keys[0] in entries[0]
+    return bool(entries) and key in entries[0]
 
 
 def _expected(candidates: Sequence[Schema]) -> str:
     shapes: dict[str, str] = {}  # the first of each format has its own names
-    for candidate in candidates:
+    for candidate in sorted(candidates, key=lambda c: list(ROLES).index(c.format)):
         shapes.setdefault(candidate.format, f"{candidate.format} ({', '.join(candidate.needed())})")
     return "expected one of " + "; ".join(shapes.values())
 
 
 def _unknown(row: Mapping[str, Any], candidates: Sequence[Schema]) -> str:
     """Keys found, the format that lacks least, and the key that may be meant."""
-    nearest = min(candidates, key=lambda c: sum(column not in row for column in c.needed()) / len(c.needed()))
+    formats = list(ROLES)  # of those that lack as much, the more common one
+    nearest = min(candidates, key=lambda c: (sum(column not in row for column in c.needed()) / len(c.needed()), formats.index(c.format), c.describe() != c.format))
     missing = [column for column in nearest.needed() if column not in row]
     message = f"the rows have no known format; keys found: {keys_of(row)}"
     if missing:
@@ -141,12 +168,11 @@ def _foreign(row: Mapping[str, Any]) -> str:
     if "chosen" in row and "rejected" in row:
         return (
             "rows are preference pairs (chosen, rejected), which sft cannot use; to train on the preferred answers "
-            "alone map them, e.g. data.fields={output: chosen} (or {messages: chosen} for lists of messages)"
+            "alone map them, e.g. data.fields={output: chosen} (or {messages: chosen} for lists of messages, or "
+            "data.format=hh-rlhf for dialogues of Human and Assistant)"
         )
     if isinstance(row.get("label"), bool):
         return "rows carry a true/false label (KTO feedback), which sft cannot use; leave the disliked ones out and drop `label`"
-    if "instruction" in row and isinstance(row.get("instances"), list):
-        return "rows are seed tasks with several `instances` each; write one row {instruction, input, output} for each instance"
     if "input_ids" in row:
         return "rows are tokenised already (input_ids); give the text instead, it is tokenised here and cached"
     choices = next((k for k in ("options", "choices", "choice") if isinstance(row.get(k), list)), None)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltune.data.config import DataConfig
-from deltune.data.formats import BadRow, Conversation, with_system
+from deltune.data.conversation import BadRow, Conversation, by_turns, with_system
+from deltune.data.formats import DOCUMENTS, INSTRUCTIONS
 from deltune.data.render import AlpacaFrame, ChatTemplate, Piece, PlainFrame, Renderer
 from deltune.errors import DataError
 
@@ -29,7 +30,7 @@ DOCUMENT_SPLIT = "a text longer than data.max_length was split into several exam
 # the settings that decide what tokens a row becomes, its schema and template apart
 ENCODING = (
     "mode", "system", "meta_prompt", "prefix", "postfix", "max_length", "max_source_length", "max_target_length",
-    "overlong", "train_on_source",
+    "overlong", "train_on_source", "turns",
 )  # fmt: skip
 
 
@@ -50,9 +51,9 @@ class Encoder:
 
     def __init__(self, config: DataConfig, tokenizer: Any, format: str):
         self.config, self.tokenizer, self.format = config, tokenizer, format
-        self.renderer = None if format == "text" else _renderer(config, tokenizer, format)
+        self.renderer = None if format in DOCUMENTS else _renderer(config, tokenizer, format)
         self.name = self.renderer.name if self.renderer else "text"
-        if format == "text":
+        if format in DOCUMENTS:
             for setting in ("system", "meta_prompt", "prefix", "postfix"):
                 if getattr(config, setting):
                     raise DataError(f"data.{setting} has no effect on rows of plain text; leave it out")
@@ -65,10 +66,11 @@ class Encoder:
         written = sorted({t for t in tokenizer.all_special_tokens if t.strip()}, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, written)) or r"(?!)")
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[tuple[list[Encoded] | BadRow, set[str]]]:
-        """What each conversation becomes: its examples, or why there are none; with notes on it."""
-        notes: list[set[str]] = [set() for _ in conversations]
-        rendered = [self._render(c, n) for c, n in zip(conversations, notes, strict=True)]
+    def encode(self, rows: Sequence[Sequence[Conversation]]) -> list[tuple[list[Encoded] | BadRow, set[str]]]:
+        """What the conversations of each row become: its examples, or why there are none; with notes on it. A row is
+        used whole or not at all."""
+        notes: list[set[str]] = [set() for _ in rows]
+        rendered = [self._render_row(r, n) for r, n in zip(rows, notes, strict=True)]
         pieces = [p for r in rendered if not isinstance(r, BadRow) for example in r for p in example]
         tokens = iter(self._tokenize(pieces))
         found: list[list[Encoded] | BadRow] = []
@@ -85,7 +87,13 @@ class Encoder:
 
     # ---- text
 
-    def _render(self, conversation: Conversation, notes: set[str]) -> list[tuple[Piece, ...]] | BadRow:
+    def _render_row(self, row: Sequence[Conversation], notes: set[str]) -> list[tuple[Piece, ...]] | BadRow:
+        try:
+            return [e for c in row for turns in by_turns(c, self.config.turns) for e in self._render(turns, notes)]
+        except BadRow as e:
+            return e
+
+    def _render(self, conversation: Conversation, notes: set[str]) -> list[tuple[Piece, ...]]:
         contents = [conversation.text or ""] + [t for m in conversation.messages for t in (m.content, m.input)]
         if any(self._special_text.search(text) for text in contents):
             notes.add(SPECIALS)
@@ -94,10 +102,7 @@ class Encoder:
         if self.renderer is None:
             text = conversation.text or ""
             return [(Piece(text, ((0, len(text)),), ends=True),)]
-        try:
-            return self.renderer.render(with_system(conversation, self.config.system), notes)
-        except BadRow as e:
-            return e
+        return self.renderer.render(with_system(conversation, self.config.system), notes)
 
     # ---- tokens
 
@@ -244,7 +249,7 @@ class Encoder:
 def _renderer(config: DataConfig, tokenizer: Any, format: str) -> Renderer:
     name = config.template
     if name == "auto":
-        name = "chat" if tokenizer.chat_template else ("alpaca" if format == "alpaca" else "plain")
+        name = "chat" if tokenizer.chat_template else ("alpaca" if format in INSTRUCTIONS else "plain")
     if name == "chat":
         if not tokenizer.chat_template:
             raise DataError(

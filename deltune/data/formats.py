@@ -7,41 +7,26 @@ with the keys it has and the keys it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from deltune.data.read import parse_line, printable
-from deltune.errors import DataError
-
-
-class BadRow(DataError):
-    """A row that cannot be used; the message is the reason in one line, without the place."""
-
-    def __init__(self, reason: str):
-        super().__init__(printable(reason))
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `input` is the second part of an Alpaca prompt, which the Alpaca frame sets apart."""
-
-    role: str  # system, user, assistant, tool
-    content: str
-    train: bool = False
-    input: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)  # keys that only a chat template understands
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What one row asks to be trained: turns, or plain text."""
-
-    messages: tuple[Message, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    text: str | None = None
-
+from deltune.data import shapes
+from deltune.data.conversation import (
+    BadRow,
+    Conversation,
+    Message,
+    Names,
+    Values,
+    answer_of,
+    keys_of,
+    kind_of,
+    list_of,
+    must_have_answer,
+    text_of,
+)
+from deltune.data.read import Record, parse_line
 
 # format -> (roles a row must have, roles it may have)
 ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -51,7 +36,17 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_completion": (("prompt", "completion"), ("system",)),
     "input_output": (("input", "output"), ("system",)),
     "text": (("text",), ()),
+    "dialogue": (("text",), ()),
+    "tree": (("prompt",), ()),
+    "tree_rows": (("message_tree_id", "message_id", "role", "text"), ("parent_id", "rank", "deleted", "review_result", "messages")),
+    "instances": (("instruction", "instances"), ("reformulations",)),
+    "task": (("definition", "input", "output"), ()),
+    "exam": (("instruction", "question", "answer"), ("context", "analysis")),
+    "rounds": (shapes.ROUNDS[:1], shapes.ROUNDS[1:]),
+    "titled": (("title", "content"), ()),
 }
+DOCUMENTS = ("text", "titled")  # formats without a prompt, for data.mode=pretrain
+INSTRUCTIONS = ("alpaca", "instances", "task", "exam")  # formats that data.template=auto puts into the Alpaca frame
 
 # names of speakers in use -> role
 SPEAKERS = {
@@ -91,10 +86,10 @@ class Schema:
     def needed(self) -> list[str]:
         return [self.columns[role] for role in ROLES[self.format][0]]
 
-    def conversation(self, row: Any) -> Conversation:
-        """The conversation of a row; BadRow says why there is none."""
+    def conversations(self, row: Any) -> tuple[Conversation, ...]:
+        """The conversations of a row, one or more; BadRow says why there is none."""
         if not isinstance(row, Mapping):
-            raise BadRow(f"the row is {_kind(row)}, not an object with the keys {', '.join(self.needed())}")
+            raise BadRow(f"the row is {kind_of(row)}, not an object with the keys {', '.join(self.needed())}")
         for name in MEDIA:
             if row.get(name):
                 raise BadRow(f"the row has {name}; only text is read")
@@ -106,58 +101,44 @@ class Schema:
                 f"no key {', '.join(map(repr, missing))}{empty}; keys found: {keys_of(row)}; "
                 f"{self.format} needs: {', '.join(self.needed())}"
             )
-        return _PARSERS[self.format](values, self.columns)
+        found = _PARSERS[self.format](values, self.columns)
+        return found if isinstance(found, tuple) else (found,)
 
-
-def keys_of(row: Any) -> str:
-    """The keys of a row for a message, cut short."""
-    names = [printable(str(k)[:40]) for k in row][:12]
-    return ", ".join(names) + (" ..." if len(row) > 12 else "") if names else "none"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _text(value: Any, role: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{role} must be text, but is {_kind(value)}")
-    return value
-
-
-def _answer(value: Any, role: str) -> str:
-    if not _text(value, role).strip():
-        raise BadRow(f"{role} is empty, so there is nothing to learn")
-    return value
+    def gathered(self, records: Iterable[Record]) -> Iterable[Record]:
+        """Records as `conversations` takes them: those of messages joined into their trees, all others as they are."""
+        return shapes.gathered(records) if self.format == "tree_rows" else records
 
 
 # ---- formats of one prompt and one answer; `values` are by role, `names` are the columns, for messages
 
-Values = Mapping[str, Any]
-Names = Mapping[str, str]
-
 
 def _leading_system(values: Values, names: Names) -> list[Message]:
-    text = _text(values.get("system", ""), names["system"])
+    text = text_of(values.get("system", ""), names["system"])
     return [Message("system", text)] if text.strip() else []
 
 
 def _alpaca(values: Values, names: Names) -> Conversation:
     messages = _leading_system(values, names)
-    for pair in _parsed_list(values.get("history") or [], names["history"]):
+    for pair in list_of(values.get("history") or [], names["history"]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"{names['history']} must be a list of [prompt, answer] pairs")
-        messages.append(Message("user", _text(pair[0], "a prompt in history")))
-        messages.append(Message("assistant", _answer(pair[1], "an answer in history"), train=True))
-    instruction, second = _text(values["instruction"], names["instruction"]), _text(values.get("input", ""), names["input"])
+        messages.append(Message("user", text_of(pair[0], "a prompt in history")))
+        messages.append(Message("assistant", answer_of(pair[1], "an answer in history"), train=True))
+    second = text_of(values.get("input", ""), names["input"])
+    instruction = _wording(values, names, second)
     if not instruction.strip() and not second.strip():
         raise BadRow(f"{names['instruction']} and {names['input']} are both empty")
     messages.append(Message("user", instruction, input=second if second.strip() else ""))
-    messages.append(Message("assistant", _answer(values["output"], names["output"]), train=True))
+    messages.append(Message("assistant", answer_of(values["output"], names["output"]), train=True))
     return Conversation(tuple(messages))
+
+
+def _wording(values: Values, names: Names, second: str) -> str:
+    """The instruction; of a list of wordings one, by a hash of the rest of the row."""
+    given = values["instruction"]
+    if isinstance(given, list) and given:
+        given = given[zlib.crc32(f"{second}\0{values['output']}".encode()) % len(given)]
+    return text_of(given, names["instruction"])
 
 
 def _pair(prompt: str, answer: str) -> Callable[[Values, Names], Conversation]:
@@ -165,8 +146,8 @@ def _pair(prompt: str, answer: str) -> Callable[[Values, Names], Conversation]:
 
     def parse(values: Values, names: Names) -> Conversation:
         turns = [
-            Message("user", _text(values[prompt], names[prompt])),
-            Message("assistant", _answer(values[answer], names[answer]), train=True),
+            Message("user", text_of(values[prompt], names[prompt])),
+            Message("assistant", answer_of(values[answer], names[answer]), train=True),
         ]
         return Conversation((*_leading_system(values, names), *turns))
 
@@ -174,21 +155,10 @@ def _pair(prompt: str, answer: str) -> Callable[[Values, Names], Conversation]:
 
 
 def _plain_text(values: Values, names: Names) -> Conversation:
-    return Conversation(text=_answer(values["text"], names["text"]))
+    return Conversation(text=answer_of(values["text"], names["text"]))
 
 
 # ---- conversations
-
-
-def _parsed_list(value: Any, role: str) -> list[Any]:
-    """A list, or the JSON text of one, as tables hold it."""
-    if isinstance(value, str):
-        value, fault = parse_line(value)
-        if fault:
-            raise BadRow(f"{role} is text that is {fault}")
-    if not isinstance(value, list):
-        raise BadRow(f"{role} must be a list, but is {_kind(value)}")
-    return value
 
 
 def _tools(values: Values) -> tuple[dict[str, Any], ...]:
@@ -197,7 +167,7 @@ def _tools(values: Values) -> tuple[dict[str, Any], ...]:
     if value is None or value == "":
         return ()
     found = []
-    for tool in _parsed_list(value, "tools"):
+    for tool in list_of(value, "tools"):
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("every tool must be an object with a name")
@@ -216,7 +186,7 @@ def _call(value: Any) -> dict[str, Any]:
         if fault:
             raise BadRow(f"the arguments of the call of {inner['name']} are {fault}")
     if not isinstance(arguments, dict):
-        raise BadRow(f"the arguments of the call of {inner['name']} are {_kind(arguments)}, not an object")
+        raise BadRow(f"the arguments of the call of {inner['name']} are {kind_of(arguments)}, not an object")
     call: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
     return call | ({"id": value["id"]} if isinstance(value.get("id"), str) else {})
 
@@ -237,20 +207,20 @@ def _content(value: Any, place: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise BadRow(f"{place}: the content must be text or a list of parts, but is {_kind(value)}")
+        raise BadRow(f"{place}: the content must be text or a list of parts, but is {kind_of(value)}")
     pieces = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
-            found = part.get("type") if isinstance(part, dict) else _kind(part)
+            found = part.get("type") if isinstance(part, dict) else kind_of(part)
             raise BadRow(f"{place}: a part of type {found!r:.40}; only text is read")
-        pieces.append(_text(part.get("text", part.get("value")), f"{place}: the text of a part"))
+        pieces.append(text_of(part.get("text", part.get("value")), f"{place}: the text of a part"))
     return "".join(pieces)
 
 
 def _turn(turn: Any, number: int, keys: tuple[str, str]) -> Message:
     place = f"message {number}"
     if not isinstance(turn, dict):
-        raise BadRow(f"{place} is {_kind(turn)}, not an object with {keys[0]} and {keys[1]}")
+        raise BadRow(f"{place} is {kind_of(turn)}, not an object with {keys[0]} and {keys[1]}")
     speaker = turn.get(keys[0])
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         found = f"{keys[0]} {speaker!r:.40}" if keys[0] in turn else f"no {keys[0]} (keys found: {keys_of(turn)})"
@@ -266,7 +236,7 @@ def _turn(turn: Any, number: int, keys: tuple[str, str]) -> Message:
     elif turn.get("tool_calls") or turn.get("function_call"):
         calls = turn["tool_calls"] if turn.get("tool_calls") else [turn["function_call"]]
         if not isinstance(calls, list):
-            raise BadRow(f"{place}: tool_calls must be a list, but is {_kind(calls)}")
+            raise BadRow(f"{place}: tool_calls must be a list, but is {kind_of(calls)}")
         if role != "assistant":
             raise BadRow(f"{place}: only the assistant calls tools")
     if not content.strip() and not calls:
@@ -280,7 +250,7 @@ def _turn(turn: Any, number: int, keys: tuple[str, str]) -> Message:
 
 def _dialogue(role: str, keys: tuple[str, str]) -> Callable[[Values, Names], Conversation]:
     def parse(values: Values, names: Names) -> Conversation:
-        turns = [_turn(t, i, keys) for i, t in enumerate(_parsed_list(values[role], names[role]), 1)]
+        turns = [_turn(t, i, keys) for i, t in enumerate(list_of(values[role], names[role]), 1)]
         for i, turn in enumerate(turns):
             if turn.role == "system" and i > 0:
                 raise BadRow(f"message {i + 1} is a system message; only the first can be one")
@@ -289,26 +259,25 @@ def _dialogue(role: str, keys: tuple[str, str]) -> Callable[[Values, Names], Con
         leading = _leading_system(values, names)
         if leading and turns and turns[0].role == "system":
             raise BadRow("there is a system column and a system message")
-        if not any(t.train for t in turns):
-            asked = any(t.role == "assistant" for t in turns)
-            raise BadRow("no assistant message is trained" if asked else "there is no assistant message, so there is nothing to learn")
+        must_have_answer(tuple(turns))
         return Conversation((*leading, *turns), _tools(values))
 
     return parse
 
 
-def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation with data.system before it, if it has none of its own."""
-    if not system or conversation.text is not None or conversation.messages[0].role == "system":
-        return conversation
-    return replace(conversation, messages=(Message("system", system), *conversation.messages))
-
-
-_PARSERS: dict[str, Callable[[Values, Names], Conversation]] = {
+_PARSERS: dict[str, Callable[[Values, Names], Conversation | tuple[Conversation, ...]]] = {
     "messages": _dialogue("messages", ("role", "content")),
     "sharegpt": _dialogue("conversations", ("from", "value")),
     "alpaca": _alpaca,
     "prompt_completion": _pair("prompt", "completion"),
     "input_output": _pair("input", "output"),
     "text": _plain_text,
+    "dialogue": shapes.dialogue,
+    "tree": shapes.tree,
+    "tree_rows": shapes.tree_rows,
+    "instances": shapes.instances,
+    "task": shapes.task,
+    "exam": shapes.exam,
+    "rounds": shapes.rounds,
+    "titled": shapes.titled,
 }

@@ -17,7 +17,7 @@ from deltune.data.config import DataConfig
 from deltune.data.dataset import Counts, Dataset, Part, PartWriter, Reject
 from deltune.data.detect import FIRST_ROWS, detect
 from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
-from deltune.data.formats import Schema
+from deltune.data.formats import DOCUMENTS, Schema
 from deltune.data.order import HELD_OUT, Group, Permutation, key
 from deltune.data.read import File, Record, read
 from deltune.data.rows import LOOK_AHEAD, SHOWN, RejectLog, count, outcomes, refusal, stops, warn
@@ -131,9 +131,9 @@ def _check(config: DataConfig) -> None:
     if config.streaming and config.batching == "grouped":
         raise DataError("data.batching=grouped needs all lengths at hand, which data.streaming does not have")
     if config.mode == "pretrain":
-        for name in ("max_source_length", "max_target_length", "train_on_source"):
-            if getattr(config, name):
-                raise DataError(f"data.{name} has no effect with data.mode=pretrain, which trains every token; leave it out")
+        given = [name for name in ("max_source_length", "max_target_length", "train_on_source") if getattr(config, name)]
+        for name in [*given, *(["turns"] if config.turns != "all" else [])]:
+            raise DataError(f"data.{name} has no effect with data.mode=pretrain, which trains every token; leave it out")
 
 
 def _open(files: SourceFiles, config: DataConfig, tokenizer: Any) -> _Source:
@@ -149,7 +149,7 @@ def _open(files: SourceFiles, config: DataConfig, tokenizer: Any) -> _Source:
         raise refusal([(files.files[0], Reject(r.number, r.fault, False, r.value)) for r in head])
     fields = dict(config.fields) | dict(source.fields)
     schema = detect(good, format=source.format or config.format, fields=fields, mode=config.mode, name=files.name)
-    if schema.format == "text" and config.mode == "sft":
+    if schema.format in DOCUMENTS and config.mode == "sft":
         raise DataError(
             f"{files.name}: rows are plain text ({schema.describe()}) without a prompt and an answer; "
             "data.mode=pretrain trains every token of them"
@@ -221,7 +221,7 @@ def _encode(source: _Source, file: File, config: DataConfig, limit: int | None, 
     counts, rejects = Counts(), list[Reject]()
     stop_at: int | None = None  # a row that may not be passed over was met: look a little further for others, then stop
     started = spoken = time.monotonic()
-    records: Iterator[Record] = islice(read(file), limit)
+    records: Iterator[Record] = islice(source.schema.gathered(read(file)), limit)
     for outcome in outcomes(records, source.schema, source.encoder):
         count(counts, outcome)
         if outcome.reject:

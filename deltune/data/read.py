@@ -16,6 +16,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from deltune.errors import DataError
@@ -233,7 +234,7 @@ def _line_of(text: str, position: int) -> int:
 
 
 def _read_json(file: File, start: Cursor) -> Iterator[Record]:
-    """A list of rows, or an object that holds one under `data` or `rows`. Read whole: JSON arrays cannot be entered
+    """A list of rows, or an object that holds one under `data`, `rows` or `Instances`. Read whole: JSON arrays cannot be entered
     in the middle."""
     with file.open() as stream:
         data = stream.read()
@@ -248,12 +249,14 @@ def _read_json(file: File, start: Cursor) -> Iterator[Record]:
     value, flaw = parse_line(text)
     if flaw:
         raise DataError(f"{file.path}: {flaw}")
-    lists = [k for k in ("data", "rows") if isinstance(value, dict) and isinstance(value.get(k), list)]
+    lists = [k for k in ("data", "rows", "Instances") if isinstance(value, dict) and isinstance(value.get(k), list)]
     if len(lists) != 1:
         found = f"an object with keys {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{file.path} holds {found}; expected a list of rows, or an object with the list under `data` or `rows`")
+    # a task of natural-instructions: its rows share its definition, and its name is that of the file
+    shared = {"task": Path(file.path).name.partition(".")[0], "Definition": value.get("Definition")} if lists == ["Instances"] else {}
     for index, row in enumerate(value[lists[0]][start.number :], start.number):
-        yield Record(index, row, "", Cursor(0, index + 1))
+        yield Record(index, {**shared, **row} if shared and isinstance(row, dict) else row, "", Cursor(0, index + 1))
 
 
 def _elements(file: File, text: str, position: int, first: int) -> Iterator[Record]:

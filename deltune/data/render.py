@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deltune.data.config import DataConfig
-from deltune.data.formats import BadRow, Conversation, Message
+from deltune.data.conversation import BadRow, Conversation, Message
 from deltune.errors import DataError
 
 Span = tuple[int, int]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from deltune import dist
 from deltune.data.config import DataConfig
+from deltune.data.conversation import BadRow, Conversation
 from deltune.data.dataset import Counts, Reject
 from deltune.data.encode import Encoded, Encoder, Overlong
-from deltune.data.formats import BadRow, Conversation, Schema
+from deltune.data.formats import Schema
 from deltune.data.read import Cursor, File, Record
 from deltune.errors import DataError
 from deltune.log import logger
@@ -37,12 +38,9 @@ def outcomes(records: Iterable[Record], schema: Schema, encoder: Encoder) -> Ite
     remaining = iter(records)
     while batch := list(islice(remaining, BATCH_ROWS)):
         parsed = [_parse(record, schema) for record in batch]
-        encoded = iter(encoder.encode([p for p in parsed if isinstance(p, Conversation)]))
-        for record, conversation in zip(batch, parsed, strict=True):
-            notes: set[str] = set()
-            result: list[Encoded] | BadRow = conversation if isinstance(conversation, BadRow) else []
-            if isinstance(conversation, Conversation):
-                result, notes = next(encoded)
+        encoded = iter(encoder.encode([p for p in parsed if not isinstance(p, BadRow)]))
+        for record, conversations in zip(batch, parsed, strict=True):
+            result, notes = (conversations, set[str]()) if isinstance(conversations, BadRow) else next(encoded)
             if isinstance(result, BadRow):
                 reject = Reject(record.number, str(result), isinstance(result, Overlong), record.value)
                 yield Outcome(record.number, [], reject, set(), record.after)
@@ -50,11 +48,11 @@ def outcomes(records: Iterable[Record], schema: Schema, encoder: Encoder) -> Ite
                 yield Outcome(record.number, result, None, notes, record.after)
 
 
-def _parse(record: Record, schema: Schema) -> Conversation | BadRow:
+def _parse(record: Record, schema: Schema) -> tuple[Conversation, ...] | BadRow:
     if record.fault:
         return BadRow(record.fault)
     try:
-        return schema.conversation(record.value)
+        return schema.conversations(record.value)
     except BadRow as e:
         return e
 

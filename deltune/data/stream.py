@@ -79,7 +79,7 @@ class _Reader:
             else:
                 file = files[place.file]
                 if self._records is None:
-                    self._records = read(file, Cursor(place.offset, place.number))
+                    self._records = iter(self.source.schema.gathered(read(file, Cursor(place.offset, place.number))))
                 record = next(self._records, None)
                 if record is None:
                     self._records, place.file, place.offset, place.number = None, place.file + 1, 0, 0
