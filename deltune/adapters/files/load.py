@@ -32,7 +32,6 @@ from deltune.adapters.files.peft import (
     read_config,
 )
 from deltune.adapters.files.save import FORMAT, SIDECAR
-from deltune.adapters.files.vocabulary import give_rows, undone_if_it_fails
 from deltune.adapters.quantised import Originals, exact_weight, is_quantised, take_out
 from deltune.adapters.wrapper import base_name
 from deltune.errors import AdapterError, DeltuneError
@@ -64,7 +63,6 @@ def load_adapter(
         fields = _read_json(folder / CONFIG_FILE)
     with _at(folder / TENSOR_FILE):
         tensors = _read_all(folder)
-        give_rows(model, fields, tensors)
     record: Mapping[str, Any] = {}
     if (folder / SIDECAR).exists():
         with _at(folder / SIDECAR):
