@@ -41,7 +41,6 @@ from deltune.weights import PICKLE_ENDINGS, check_tensor, read_tensors, sha256_o
 SHOWN = 5  # names listed in a message
 
 
-@undone_if_it_fails
 def load_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False,
     originals: Originals | None = None,
