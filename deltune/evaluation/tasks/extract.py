@@ -10,7 +10,6 @@ Case counts for letters and not for words like yes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING
@@ -28,10 +27,10 @@ _NUMBER = re.compile(
 
 
 def extract(text: str, item: Item, template: Template) -> int | str | None:
-    """The answer in generated text: the place of a choice, a number in its plain form, or None.
+    """The answer in generated text: the place of a choice; of an open question a number in its plain form; or None.
 
-    After the template's trigger up to where that occurs again (all of the text without a trigger), the first candidate
-    counts, or with `reverse` the last.
+    Looked at is what follows the template's trigger up to where that occurs again, and of that, what the cleaner's group
+    matches; all of the text where the template has neither. The first candidate counts, or with `reverse` the last.
     """
     text = text.translate(_NARROW)
     if template.trigger:
@@ -39,27 +38,21 @@ def extract(text: str, item: Item, template: Template) -> int | str | None:
         if len(pieces) == 1:
             return None
         text = pieces[1]
-    candidates = list(CLEANERS[template.cleaner](text, item, template))
+    texts = [match[1] or "" for match in re.finditer(template.cleaner, text)] if template.cleaner else [text]
+    candidates = [found for one in texts for found in (choices_in(one, item, template) if item.choices else numbers_in(one))]
     return candidates[-1 if template.reverse else 0] if candidates else None
 
 
-def choices_in(text: str, item: Item, template: Template) -> Iterator[int]:
+def choices_in(text: str, item: Item, template: Template) -> list[int]:
     """Places of the labels in a text; where it has none, of the one choice that it names in full."""
     labels = tuple(label.translate(_NARROW) for label in template.labels[: len(item.choices)])
     found = [labels.index(_folded(match.group(), labels)) for match in _labels(labels).finditer(text)]
-    yield from found or _named(text, item)
+    return found or _named(text, item)
 
 
-def numbers_in(text: str, item: Item, template: Template) -> Iterator[str]:
+def numbers_in(text: str) -> list[str]:
     """Numbers of a text in their plain form."""
-    for match in _NUMBER.finditer(text):
-        yield plain_number(match)
-
-
-CLEANERS: dict[str, Callable[..., Iterator[int | str]]] = {
-    "choice": choices_in,
-    "number": numbers_in,
-}
+    return [plain_number(match) for match in _NUMBER.finditer(text)]
 
 
 def number(text: str) -> str | None:

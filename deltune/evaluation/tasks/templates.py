@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from pathlib import Path
 from deltune.config import check, yaml_file
 from deltune.config.fields import option
 from deltune.errors import ConfigError, DataError
-from deltune.evaluation.tasks.extract import CLEANERS
 from deltune.evaluation.tasks.item import Item
 
 LETTERS = tuple(string.ascii_uppercase)
@@ -58,7 +58,7 @@ class Template:
     labels: list[str] = option(list(LETTERS), "names of the choices, in order")
     trigger: str = option("", "generation: the answer is looked for after the first occurrence of this; empty: everywhere")
     reverse: bool = option(False, "generation: the last candidate counts instead of the first")
-    cleaner: str = option("choice", "generation: what counts as an answer", choices=tuple(CLEANERS))
+    cleaner: str = option("", "generation: a regular expression; only what its one group matches is looked at; empty: all")
     stop: list[str] = option(["\n\n"], "generation: texts that end an answer")
 
     def problems(self) -> list[str]:
@@ -82,6 +82,11 @@ class Template:
             found.append("space must be empty after a cue that ends its line")
         if len(set(self.labels)) < len(self.labels) or not all(self.labels):
             found.append("labels must be different, and none empty")
+        try:
+            if self.cleaner and re.compile(self.cleaner).groups != 1:
+                found.append("cleaner must have one group (…)")
+        except re.error as error:
+            found.append(f"cleaner is not a regular expression: {error}")
         if not all(self.stop):
             found.append("stop holds an empty text, which would end every answer at once")
         return found
@@ -94,7 +99,6 @@ _PANDA_ZH = "阅读下面的文章并从选项中选择的答案回答问题：\
 _SUMS = dict(
     question="Question: {question}",
     solved="{solution}\n#### {answer}",
-    cleaner="number",
     stop=["\n\nQuestion:", "\nQuestion:"],
 )
 
