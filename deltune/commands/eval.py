@@ -1,8 +1,11 @@
 """deltune eval [run=RUN | model=MODEL adapter=FOLDER] data=FILE [exact_match=true] [metrics=[f1,rouge]] [out=FOLDER]
+deltune eval [run=RUN | model=MODEL adapter=FOLDER] task=mmlu task_data=FILE [protocol=...] [shots=5] [out=FOLDER] [against=OTHER]
 
 Loss, perplexity and token accuracy on evaluation data, of every source and of all together; with exact_match=true or
 metrics the model also answers each prompt, and its answers are measured against the references. `out` gets
 metrics.json, which holds all that it takes to measure again, and predictions.jsonl. An `out` that ends in .json names the first file itself.
+
+With `task` in place of data, accuracy on tasks with right answers: see commands/tasks.py.
 """
 
 from __future__ import annotations
@@ -18,18 +21,21 @@ if TYPE_CHECKING:
 
 
 def main(words: list[str], file: Path | None = None) -> int:
-    from deltune import log
-    from deltune.commands import text_scores
+    from deltune import dist, log
+    from deltune.commands import tasks, text_scores
     from deltune.settings import EvalSettings, load
 
     settings = load(EvalSettings, words, file)
     log.set_up()
+    if settings.task:
+        return tasks.main(settings)
     result, answers = measure(settings)
-    print(table(result))
-    if settings.metrics:
-        print("\n" + text_scores.table(result))
-    if settings.out is not None:
-        print("\n" + write(settings, result, answers))
+    if dist.is_main():
+        print(table(result))
+        if settings.metrics:
+            print("\n" + text_scores.table(result))
+        if settings.out is not None:
+            print("\n" + write(settings, result, answers))
     return 0
 
 
@@ -45,10 +51,13 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     from deltune.models.head import described
 
     began = time.perf_counter()
-    with opened(settings) as (place):
+    with opened(settings, fast=settings.fast == "auto") as place:
         dataset = evaluation_data(settings, place.tokenizer)
         packed = settled(settings.data, place.model).packed
-        batches = eval_batches(dataset, micro_batch=settings.micro_batch, packed=packed, pad_id=place.tokenizer.pad_token_id)
+        batches = eval_batches(
+            dataset, micro_batch=settings.micro_batch, packed=packed, rank=place.engine.rank, world_size=place.engine.world_size,
+            pad_id=place.tokenizer.pad_token_id,
+        )  # fmt: skip
         metrics, sources = evaluate_by_source(
             place.model, batches, head=described(place.model), autocast=place.engine.autocast, device=place.engine.device
         )

@@ -24,7 +24,7 @@ class Opened:
 
 
 @contextmanager
-def opened(settings: Trained, *, as_stored: bool = False) -> Iterator[Opened]:
+def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> Iterator[Opened]:
     """The model of `settings` with its adapter, frozen, on its device. `as_stored` keeps weights that are to be written
     again in their own type, whatever engine.precision is. Raises what loading any of them raises.
     """
@@ -36,7 +36,7 @@ def opened(settings: Trained, *, as_stored: bool = False) -> Iterator[Opened]:
     engine = build(settings.engine)
     try:
         tokenizer = load_tokenizer(settings.model)
-        model = load(settings.model)
+        model = load(settings.model, fast=fast)
         check_pair(model.config, tokenizer)
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))

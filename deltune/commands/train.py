@@ -132,10 +132,12 @@ class Session:
         return own if self.task_print is None else [*own, task_printer(self.task_print)]
 
     def load_data(self) -> None:
-        """Tokenizer and tokens; rank 0 first, so that the others find its cache."""
+        """Tasks, tokenizer and tokens; rank 0 first, so that the others find its cache."""
+        from deltune.commands.tasks import Exams
         from deltune.data.prepare import prepare
         from deltune.models.load import load_tokenizer
 
+        self.exams = Exams(self.run)
         self.tokenizer = load_tokenizer(self.run.model)
         if dist.is_main():
             self.data = prepare(self.run.data, self.tokenizer, folder=self.run.folder)
@@ -197,7 +199,7 @@ class Session:
             self.model, loader=loader, optimizer=optimizer, schedule=rates, engine=engine,
             info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=self.saver(),
-            evaluate=None if self.data.evaluation is None else self.evaluate, callbacks=self.callbacks,
+            evaluate=self.evaluate if self.evaluates else None, callbacks=self.callbacks,
             forward_step=self.forward_step or LossStep(self.head), log_every=run.log.every, schedules=self.schedules,
             extra_loss=partial(extra_loss, self.model), gradient_rules=gradient_rules(self.model, run.optim.rule),
         )
@@ -298,7 +300,7 @@ class Session:
 
         metrics: dict[str, float] = {}
         samples: list[dict[str, str]] = []
-        if self.data.evaluation is not None and self.run.eval.at_start:
+        if self.evaluates and self.run.eval.at_start:
             metrics = self.evaluate()
             samples = self.samples()
         before = {"metrics": metrics, "samples": samples}
@@ -321,7 +323,13 @@ class Session:
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the whole evaluation set, over all ranks."""
+        """Metrics on the whole evaluation set and on tasks, over all ranks."""
+        run, engine = self.run, self.engine
+        metrics = {} if self.data.evaluation is None else self.evaluate_data()
+        batch = run.eval.micro_batch or run.train.micro_batch
+        return metrics | self.exams.measure(self.model, self.tokenizer, head=self.head, batch=batch, autocast=engine.autocast)
+
+    def evaluate_data(self) -> dict[str, float]:
         from deltune.data.loader import eval_batches
         from deltune.evaluation.lm import evaluate
 
@@ -351,7 +359,7 @@ class Session:
     def samples(self) -> list[dict[str, str]]:
         """The first few evaluation prompts with their answers by the weights as they are."""
         count = self.run.eval.samples
-        if count == 0:
+        if count == 0 or self.data.evaluation is None:
             return []
         answers = self.answers if self.run.eval.exact_match else self.generate(limit=count)[1]
         return [{k: answer[k] for k in ("prompt", "reference", "prediction")} for answer in answers[:count]]
@@ -377,7 +385,7 @@ class Session:
             load_moving_tensors(self.model, store.load(best).tensors["trainable"], self.schedules)
         after: dict[str, float] = {}
         samples: list[Sample] = []
-        if self.data.evaluation is not None:
+        if self.evaluates:
             after = self.evaluate()
             old = self.before["samples"]
             samples = [

@@ -52,6 +52,8 @@ def joined(problems: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a user would write it, shortened."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if getattr(value, field.name) != default_of(field)}
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, Mapping):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deltune.settings.run import Run
 
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
+    from deltune.training.config import TaskConfig
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
 NAME = re.compile(r"\w[\w.+=-]{0,199}")
 
@@ -130,9 +131,14 @@ def data_rules(run: Run) -> Iterator[str]:
 
 
 def evaluation_rules(run: Run) -> Iterator[str]:
-    settings = run.eval
-    if not run.data.eval and not run.data.eval_size:
-        for key in ("every", "micro_batch", "exact_match", "max_new_tokens", "metric", "direction", "patience", "min_delta"):
+    settings, names = run.eval, task_names(run.eval.tasks)
+    for task in settings.tasks:
+        yield from (f"eval.tasks of {task.task}: {problem}" for problem in task_rules(task))
+    if len(set(names)) < len(names):
+        yield "eval.tasks has two of one name: give each a `name` of its own"
+    has_data = bool(run.data.eval or run.data.eval_size)
+    if not has_data:
+        for key in ("exact_match", "max_new_tokens"):
             if changed(settings, key):
                 yield f"eval.{key} has no effect without evaluation data: give data.eval or data.eval_size"
         if run.data.eval_read_nums is not None:
@@ -140,13 +146,41 @@ def evaluation_rules(run: Run) -> Iterator[str]:
         return
     if settings.patience is not None and settings.every is None:
         yield "eval.patience counts evaluations, so it needs eval.every"
-    if not settings.exact_match and settings.samples == 0 and changed(settings, "max_new_tokens"):
+    if has_data and not settings.exact_match and settings.samples == 0 and changed(settings, "max_new_tokens"):
         yield "eval.max_new_tokens has no effect: nothing is generated with eval.exact_match=false and eval.samples=0"
     if settings.metric == "exact_match" and not settings.exact_match:
         yield "eval.metric is only measured with eval.exact_match=true"
-    if settings.metric not in METRICS and settings.direction == "auto":
-        known = ", ".join(METRICS)
-        yield f"eval.direction must be min or max for eval.metric={settings.metric}; auto knows {known}"
+    measured = [*(METRICS if has_data else ()), *(f"{name}_{what}" for name in names for what in ("accuracy", "loss"))]
+    if settings.metric in METRICS and not has_data:
+        yield f"eval.metric is only measured on evaluation data (data.eval or data.eval_size); eval.tasks give {', '.join(measured)}"
+    if settings.metric not in measured and settings.metric not in METRICS and settings.direction == "auto":
+        yield f"eval.direction must be min or max for eval.metric={settings.metric}; auto knows {', '.join(measured)}"
+
+
+def task_names(tasks: list[TaskConfig]) -> list[str]:
+    """What the metrics of each begin with."""
+    return [task.name or task.task.replace("-", "_") for task in tasks]
+
+
+def task_rules(task: TaskConfig) -> Iterator[str]:
+    """What is wrong with the way a task is asked."""
+    from deltune.config.suggest import closest
+    from deltune.evaluation.tasks.catalogue import TASKS
+
+    if task.task not in TASKS:
+        yield f"task names {task.task!r}; there are {', '.join(TASKS)}{closest(task.task, list(TASKS))}"
+        return
+    allowed = TASKS[task.task].protocols
+    protocol = allowed[0] if task.protocol == "auto" else task.protocol
+    if protocol not in allowed:
+        yield f"protocol does not fit {task.task}: {', '.join(allowed)} does"
+        return
+    if protocol != "likelihood" and changed(task, "likelihood"):
+        yield f"likelihood has no effect with protocol={protocol}"
+    if protocol != "generation" and changed(task, "max_new_tokens"):
+        yield f"max_new_tokens has no effect with protocol={protocol}: nothing is generated"
+    if task.shots == 0 and changed(task, "shots_data"):
+        yield "shots_data has no effect with shots=0"
 
 
 def record_rules(run: Run) -> Iterator[str]:
@@ -158,6 +192,10 @@ def record_rules(run: Run) -> Iterator[str]:
 
     for sink in log.sinks:
         if sink not in SINKS:
+    if not has_data and not names:
+        for key in ("every", "micro_batch", "metric", "direction", "patience", "min_delta"):
+            if changed(settings, key):
+                yield f"eval.{key} has no effect without evaluation data: give data.eval, data.eval_size or eval.tasks"
             yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, list(SINKS))}"
     if changed(log, "project") and not set(log.sinks) & set(SINKS_WITH_PROJECT):
         yield f"log.project has no effect: none of {', '.join(SINKS_WITH_PROJECT)} is in log.sinks"

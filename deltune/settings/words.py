@@ -93,7 +93,7 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
         raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
     if run.result == "model":
         taken["model"] |= {"path": _only_if_there(folder / "model"), "revision": None}
-    if cls is EvalSettings:
+    if cls is EvalSettings and not stated.get("task"):
         taken["data"] = asdict(run.data)
         if "eval" in stated.get("data", {}):
             taken["data"]["eval_size"] = 0.0

@@ -21,8 +21,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """A task with right answers, and how it is put to the model."""
+
+    task: str = option(help="Task: `deltune list tasks`.")
+    data: str = option(help="Its file, or the folder of its release.")
+    name: str | None = option(None, "Name of its metrics; null takes the task's.")
+    protocol: str = option("auto", "letters: log-probabilities of the choices' letters; likelihood: of the choices themselves; generation: an answer is written and read; auto: the task's own.", choices=("auto", "letters", "likelihood", "generation"))
+    likelihood: str = option("sum", "With protocol=likelihood: choices are compared by the sum of their log-probabilities, or by that divided by their tokens or their UTF-8 bytes.", choices=("sum", "tokens", "bytes"))
+    shots: int = option(0, "Solved examples before each question.", ge=0)
+    shots_data: str | None = option(None, "File or folder that the examples come from; null takes those that the data brings.")
+    template: str | None = option(None, "Prompt template: `deltune list templates`, or a file of your own; null takes the task's.")
+    limit: int | None = option(None, "So many items only, spread evenly over all.", gt=0)
+    max_new_tokens: int = option(64, "With protocol=generation: longest generated answer.", gt=0, unit="tokens")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training, on the whole evaluation set."""
+    """Evaluation during training, on the whole evaluation set, and on tasks."""
+
+    tasks: list[TaskConfig] = option([], "Tasks with right answers, each a mapping such as {task: mmlu, data: FILE, shots: 5}; a task gives the metrics mmlu_accuracy and, where options are scored, mmlu_loss.")
 
     every: int | None = option(None, "Steps between evaluations; null evaluates at start and end only.", gt=0)
     at_start: bool = option(True, "Evaluate before the first step.")

@@ -59,7 +59,7 @@ def metric_name(name: str) -> str:
 
 def metric(name: str, value: float) -> str:
     """A metric's value: known fractions in percent, others with four digits."""
-    if name.split("/")[-1] in FRACTIONS:
+    if name.split("/")[-1] in FRACTIONS or name.endswith("_accuracy"):
         return f"{100 * value:.1f} %"
     return number(value)
 

@@ -26,7 +26,7 @@ from deltune.training.numerics import diagnose, first_bad_weight
 from deltune.training.signals import StopRequest
 from deltune.training.state import Saver, Schedule
 
-SMALLER_IS_BETTER = ("loss", "perplexity")
+SMALLER_IS_BETTER = ("loss", "perplexity")  # and metrics of tasks that end so
 ADDED = "extra_loss"  # the name under which it is logged
 
 
@@ -60,7 +60,7 @@ def improves(config: EvalConfig, value: float, best: float | None) -> bool:
         return True
     direction = config.direction
     if direction == "auto":
-        direction = "min" if config.metric in SMALLER_IS_BETTER else "max"
+        direction = "min" if config.metric.endswith(SMALLER_IS_BETTER) else "max"
     return value < best - config.min_delta if direction == "min" else value > best + config.min_delta
 
 

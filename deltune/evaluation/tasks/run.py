@@ -108,7 +108,7 @@ def _encoded(items: Sequence[Item], shots: Sequence[Sequence[Item]], way: Way, t
         answers.append(after)
         texts += [before, *(before + option for option in after)]
     begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    ids = [begin + row for row in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    ids = [begin + row for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
     found = []
     for item, exemplars, place, after in zip(items, shots, places, answers, strict=True):
         own, whole = ids[place], ids[place + 1 : place + 1 + len(after)]

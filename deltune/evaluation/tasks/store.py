@@ -5,6 +5,7 @@ Beside it made_by.json says what produced the answers; whatever differs from it 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,20 +27,28 @@ class Store:
     """The answers of one evaluation in a folder. Only one process may have it open."""
 
     def __init__(self, folder: Path, made_by: Mapping[str, Any]):
-        """Opens the folder, or makes it. ConfigError where it holds answers of another model, task or setting, or
-        cannot be written; DataError where its file is damaged before its end."""
+        """Opens the folder, or makes it. ConfigError where it holds answers of another model, task or setting, where another
+        process has it open, or where it cannot be written; DataError where its file is damaged before its end."""
         self.path = folder / FILE
-        made_by = json.loads(json.dumps(made_by))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self.path.stat().st_size:
-                _require_same(folder, made_by)
-            self.found = repaired(self.path) if self.path.exists() else {}
-            _replace(folder / MADE_BY, made_by)
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            weights.sync(folder)
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ConfigError(f"out={folder}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made_by = json.loads(json.dumps(made_by))
+            if os.fstat(self._handle).st_size:
+                _require_same(folder, made_by)
+            self.found = repaired(self.path)
+            _replace(folder / MADE_BY, made_by)
+            weights.sync(folder)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise ConfigError(f"out={folder}: another evaluation is writing there. What fits: another out=..., or wait for it") from None
+        except BaseException:
+            os.close(self._handle)
+            raise
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         """Append lines, on disk when this returns; on a full disk none of them stays."""
