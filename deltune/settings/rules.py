@@ -18,9 +18,9 @@ from deltune.optim.schedules import schedule as build_schedule
 
 if TYPE_CHECKING:
     from deltune.settings.run import Run
+    from deltune.training.config import TaskConfig
 
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
-    from deltune.training.config import TaskConfig
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
 NAME = re.compile(r"\w[\w.+=-]{0,199}")
 
@@ -143,6 +143,10 @@ def evaluation_rules(run: Run) -> Iterator[str]:
                 yield f"eval.{key} has no effect without evaluation data: give data.eval or data.eval_size"
         if run.data.eval_read_nums is not None:
             yield "data.eval_read_nums has no effect without evaluation data: give data.eval or data.eval_size"
+    if not has_data and not names:
+        for key in ("every", "micro_batch", "metric", "direction", "patience", "min_delta"):
+            if changed(settings, key):
+                yield f"eval.{key} has no effect without evaluation data: give data.eval, data.eval_size or eval.tasks"
         return
     if settings.patience is not None and settings.every is None:
         yield "eval.patience counts evaluations, so it needs eval.every"
@@ -192,10 +196,6 @@ def record_rules(run: Run) -> Iterator[str]:
 
     for sink in log.sinks:
         if sink not in SINKS:
-    if not has_data and not names:
-        for key in ("every", "micro_batch", "metric", "direction", "patience", "min_delta"):
-            if changed(settings, key):
-                yield f"eval.{key} has no effect without evaluation data: give data.eval, data.eval_size or eval.tasks"
             yield f"log.sinks names {sink!r}; there are {', '.join(SINKS)}{closest(sink, list(SINKS))}"
     if changed(log, "project") and not set(log.sinks) & set(SINKS_WITH_PROJECT):
         yield f"log.project has no effect: none of {', '.join(SINKS_WITH_PROJECT)} is in log.sinks"
