@@ -84,6 +84,11 @@ def _kind(name: str, modules: dict[str, nn.Module]) -> str:
     return type(modules[".".join(path)]).__name__
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
+    return _kind_of_class(type(module).__name__) == "norm"
+
+
 def _kind_of_class(name: str) -> str | None:
     """Kind by the words that transformers' class names are made of."""
     lowered = name.lower()
