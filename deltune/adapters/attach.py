@@ -99,6 +99,11 @@ def begin(prepared: Prepared, seed: int | str, originals: Originals | None = Non
                 if take_out(module, delta, W):
                     prepared.taken[place] = Taken(prepared.name, functools.partial(exact_weight, module, place, originals))
                 delta.settle(stored_weight_of(module))
+            elif delta.needs_original and is_quantised(module):
+                raise AdapterError(
+                    f"{place}: {delta.needs_original}, and this layer's weight is rounded already: give originals, e.g. "
+                    "models.load.originals(config), which reads it as it was"
+                )
             elif delta.starts_from_base:
                 delta.start(looked_at(module, delta), generator)
             if type(delta).start_bias is not Delta.start_bias and delta.site.has_bias:

@@ -162,6 +162,11 @@ class Delta(Stored):
         and does not save it: a load must find the same, and the rounded weight is what is always there."""
         return self.starts_from_base and not self.measures_base
 
+    @property
+    def needs_original(self) -> str:
+        """Why the start means nothing on a weight that is rounded already; empty where it does."""
+        return ""
+
     def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
         """(B₀, A₀, s) if ΔW = Δ' - s·B₀·A₀ with Δ' = s·B₀·A₀ at the start: what the start takes out of W, for a quantised
         layer to be rounded without it, see quantised.py. None if there is nothing of the kind."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltune.errors import AdapterError
+from deltune.weights import Rounding, rounding_of
 
 # These read their children's weights instead of calling them, so an adapter on a child would be without effect.
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -33,6 +34,7 @@ class Site:
     dtype: torch.dtype  # of the base weight
     device: torch.device
     has_bias: bool
+    rounding: Rounding | None = None  # of a weight that is stored quantised
     padding_idx: int | None = None  # an embedding's row that is never trained
     tied_to: str | None = None  # the embedding whose weight this layer holds too, for methods that follow ties
     experts: int = 0  # of a stack of experts, their number; n_in and n_out are one expert's
@@ -138,7 +140,7 @@ def site_of(name: str, layer: nn.Module) -> Site:
     n_out, n_in = (rows, columns) if kind == "linear" else (columns, rows)
     has_bias = kind != "embedding" and layer.bias is not None
     padding_idx = layer.padding_idx if kind == "embedding" else None
-    return Site(name, kind, n_in, n_out, layer.weight.dtype, layer.weight.device, has_bias, padding_idx)
+    return Site(name, kind, n_in, n_out, layer.weight.dtype, layer.weight.device, has_bias, rounding_of(layer.weight), padding_idx)
 
 
 def out_in(layer: nn.Module, tensor: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Magnitude(Delta):
     def starts_from_original(self) -> bool:
         return self.inner.starts_from_original
 
+    @property
+    def needs_original(self) -> str:
+        return self.inner.needs_original
+
     def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
         return self.inner.taken_out()
 

@@ -35,11 +35,13 @@ from deltune.weights.quantised import (
     quantised_like,
     stored_bytes,
 )
+from deltune.weights.rounding import Rounding, rounding_of
 
 __all__ = [
     "KINDS",
     "PICKLE_ENDINGS",
     "QuantisedTensor",
+    "Rounding",
     "add_product_to_weight",
     "add_to_weight",
     "check_tensor",
@@ -55,6 +57,7 @@ __all__ = [
     "read_tensors",
     "replacing",
     "restore",
+    "rounding_of",
     "row_blocks",
     "row_products",
     "row_squares",

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from deltune.adapters import draw
 from deltune.adapters.init import svd
-from deltune.adapters.init.nf4 import round_trip
-from deltune.weights import float_view
+from deltune.weights import Rounding, float_view
 
 if TYPE_CHECKING:
     from deltune.adapters.methods.lora import LoraConfig  # what a config says of its start
@@ -102,15 +101,15 @@ def mica(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: 
     return torch.zeros(rank, W.shape[1], dtype=W.dtype, device=W.device), U
 
 
-def loftq(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig) -> Pair:
-    """What NF4 loses of W (arXiv:2310.08659): in turn Q = NF4(W - R) and R = the best rank-r part of W - Q.
+def loftq(W: Tensor, rank: int, scale: float, generator: torch.Generator, asked: LoraConfig, rounding: Rounding | None = None) -> Pair:
+    """What rounding loses of W (arXiv:2310.08659): in turn Q = the rounded W - R and R = the best rank-r part of W - Q.
 
-    Both factors are divided by √s, so that s·B·A = R for any alpha; the published code holds for s = 1 alone.
+    It is the base's own rounding, or NF4 in blocks of 64 for a base that is not quantised. Both factors are divided by √s, so that s·B·A = R for any alpha; the published code holds for s = 1 alone.
     """
     parts = None
     for _ in range(asked.loftq_iterations):
         rest = W if parts is None else W - (parts[0] * parts[1]) @ parts[2].T
-        parts = svd.largest(W - round_trip(rest), rank, generator, asked.svd)
+        parts = svd.largest(W - (rounding or Rounding()).round_trip(rest), rank, generator, asked.svd)
     assert parts is not None
     return split(*parts, scale)
 

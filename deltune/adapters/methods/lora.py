@@ -82,9 +82,9 @@ METHODS = {
     "loftq": {
         "choices": {"delta": "lora", "init": "loftq"},
         "paper": "arXiv:2310.08659",
-        "formula": "ΔW = s·(BA - B₀A₀); in turn Q = NF4(W - R), R = s·B₀A₀ = the best rank-r part of W - Q",
+        "formula": "ΔW = s·(BA - B₀A₀); in turn Q = the rounded W - R, R = s·B₀A₀ = the best rank-r part of W - Q",
         "small": {"rank": 2},
-        "note": "The weight part: where the pair starts. W itself stays as it is here, unrounded, so the start is exact. Factors are divided by √s, which the published code leaves out.",
+        "note": "On a quantised base W - R is rounded once more at the end, as with every start that is taken out of W. On another base NF4 tells what would be lost, and W stays as it is. Factors are divided by √s, which the published code leaves out.",
     },
     "lora_orthogonal": {
         "choices": {"delta": "lora", "init": "orthogonal"},
@@ -128,7 +128,7 @@ class LoraConfig(RankedConfig):
     """Low-rank adaptation (arXiv:2106.09685)."""
 
     delta: str = option("lora", "Parametrisation of the change.", choices=("lora",))
-    init: str = option("kaiming", "Start of A and B. kaiming: A uniform within ±1/√in, B zero; gaussian: A normal with deviation 1/rank, B zero (an embedding's A is zero, its B normal); orthogonal: B·A zero, neither of them zero; nonzero: both uniform within ±gamma/√in. From the weight: pissa: its largest components; milora: its smallest; olora: its QR; mica: B its smallest left vectors, A zero; loftq: what NF4 loses of it.", choices=("kaiming", "gaussian", "orthogonal", "nonzero", *starts.FROM_BASE))
+    init: str = option("kaiming", "Start of A and B. kaiming: A uniform within ±1/√in, B zero; gaussian: A normal with deviation 1/rank, B zero (an embedding's A is zero, its B normal); orthogonal: B·A zero, neither of them zero; nonzero: both uniform within ±gamma/√in. From the weight: pissa: its largest components; milora: its smallest; olora: its QR; mica: B its smallest left vectors, A zero; loftq: what rounding to codes loses of it.", choices=("kaiming", "gaussian", "orthogonal", "nonzero", *starts.FROM_BASE))
     train: str = option("both", "Which factors are trained; the other one stays as it starts. Alone, the trained one is the one that starts at zero.", choices=("both", "A", "B"))
     svd: str = option("fast", "Decomposition of the weight. fast: randomised for the largest components, inverse iteration for the smallest; full: all of it, which takes minutes where fast takes a second.", choices=("fast", "full"))
     part: str = option("min", "Which components init=milora takes.", choices=("min", "mid", "max", "random"))
@@ -305,7 +305,8 @@ class Lora(Ranked):
     def start(self, W: Tensor, generator: torch.Generator) -> None:
         if self.config.init not in starts.READ_STORED:
             W = float_view(W)
-        self._begin_with(*starts.FROM_BASE[self.config.init](W, self.rank, self.scale, generator, self.config))
+        rounding = {"rounding": self.site.rounding} if self.config.init == "loftq" else {}
+        self._begin_with(*starts.FROM_BASE[self.config.init](W, self.rank, self.scale, generator, self.config, **rounding))
 
     def _begin_with(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)
@@ -313,6 +314,10 @@ class Lora(Ranked):
         if self.is_taken_out:
             self.start_A.copy_(self.lora_A)  # as rounded to the stored type
             self.start_B.copy_(self.lora_B)
+
+    @property
+    def needs_original(self) -> str:
+        return "init=loftq is about what rounding loses" if self.config.init == "loftq" else ""
 
     def taken_out(self) -> tuple[Tensor, Tensor, float] | None:
         return (self.start_B, self.start_A, self.scale) if self.is_taken_out else None
