@@ -138,7 +138,6 @@ SET = {
     "use_qalora": True,
     "lora_bias": True,
     "layer_replication": [[0, 2]],
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [1],
     "velora_config": {"num_groups": 64},
     "megatron_config": {"x": 1},

@@ -30,6 +30,7 @@ from deltune.adapters.layers import Site, Stack, kind_of, out_in, site_of
 from deltune.adapters.magnitude import Magnitude
 from deltune.adapters.quantised import Originals, exact_weight, is_quantised, put_back, take_out
 from deltune.adapters.targets import inside, output_head, select
+from deltune.adapters.tokens import BesideConfig, TokensBeside, places, ties_agree
 from deltune.adapters.whole import ModelDelta, host_of
 from deltune.adapters.wrapper import Beside, TrainedCopy, Wrapper, hosts, original, replace, walk, wrappers
 from deltune.dist import gathered
@@ -67,7 +68,7 @@ def attach(
     that one, and the layer is rounded anew without it, see quantised.py. Raises AdapterError if the config does not fit.
     """
     prepared = prepare(model, config, name)
-    config.delta_class().check(config, list(prepared.deltas))
+    config.delta_class().check(config, [place for place, delta in prepared.deltas.items() if not delta.beside_method])
     unmerge(model)
     try:
         begin(prepared, seed, originals)
@@ -188,7 +189,29 @@ def prepare(model: nn.Module, config: AdapterConfig, name: str) -> Prepared:
     deltas = {place: (deltas | expert)[place] for place in layers}
     banks = list({id(bank): bank for by_name in shared.values() for bank in by_name.values()}.values())
     copies = {place: _copy(place, module) for place, module in saved.items()}
-    return Prepared(name, layers | saved, deltas, banks, copies)
+    tokens = _token_rows(model, places(model, config, layers, saved), saved)
+    rows = {id(delta.shared): delta.shared for _, delta in tokens.values()}
+    return Prepared(
+        name, layers | {place: module for place, (module, _) in tokens.items()} | saved,
+        deltas | {place: delta for place, (_, delta) in tokens.items()}, [*banks, *rows.values()], copies,
+    )  # fmt: skip
+
+
+def _token_rows(
+    model: nn.Module, found: dict[str, tuple[nn.Module, BesideConfig]], saved: dict[str, nn.Module]
+) -> dict[str, tuple[nn.Module, TokensBeside]]:
+    """The parts that train rows of single tokens: place -> the module there, and the part."""
+    ties = _ties(model, {place: module for place, (module, _) in found.items()}, saved)
+    ties_agree(found, ties)
+    parts: dict[str, tuple[nn.Module, TokensBeside]] = {}
+    for lead, (module, config) in found.items():
+        if lead in ties:
+            continue
+        held = {lead: module} | {place: other for place, (other, to) in ties.items() if to == lead}
+        sites = [replace_field(site_of(place, original(other)), tied_to=None if place == lead else lead) for place, other in held.items()]
+        shared = scopes(config, sites, "shared", *TokensBeside.banks(config)["shared"])
+        parts.update({site.name: (held[site.name], TokensBeside(config, site, {"shared": shared[site.name]})) for site in sites})
+    return parts
 
 
 def _with_depth(sites: Sequence[Site]) -> list[Site]:
@@ -253,7 +276,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
     found: dict[str, AdapterConfig] = {}
     for _, wrapper in wrappers(model):
         if not isinstance(wrapper, TrainedCopy):
-            found.update({name: delta.config for name, delta in wrapper.adapters.items() if name not in found})
+            found.update({name: delta.config for name, delta in wrapper.adapters.items() if name not in found and not delta.beside_method})
     return found
 
 

@@ -58,6 +58,7 @@ class AdapterConfig:
     targets: list[str] | str = option("all-linear", "Modules to adapt: `all-linear` (every linear layer but the output head), module name endings, full names, or one regular expression over the full name.")
     exclude: list[str] = option([], "Module name endings or full names never adapted.")
     modules_to_save: list[str] = option([], "Modules trained in full beside the adapter and saved with it, e.g. lm_head.")
+    trainable_token_indices: list[int] | dict[str, list[int]] = option([], "Ids of tokens whose rows are trained and saved beside the adapter, in the input embeddings and a head tied to them; or a list for each table: {embed_tokens: [..], lm_head: [..]}. What model.add_tokens adds is filled in.")
     dropout: float = option(0.0, "Dropout on the adapter's own input while training; an embedding's input has none.", ge=0, lt=1)
     dtype: str = option("auto", "Storage type of the adapter's weights; they compute in the type of the activations. auto: float32, so that small steps count on a base in a short type, or float64 on a base in float64.", choices=("auto", "float32", "bfloat16", "float16"))
     magnitude: bool = option(False, "Learn each output's strength apart from its direction (DoRA, arXiv:2402.09353), around any change that is a matrix.")

@@ -95,6 +95,7 @@ class Delta(Stored):
     bias_column: ClassVar[bool] = False  # `start` is handed [W, b] where the layer has a bias
     peft: ClassVar[PeftFormat | None] = None  # None: PEFT does not know the method
     repeats: ClassVar[Mapping[str, str]] = {}  # tensors of a bank that PEFT writes in every layer too: leaf there -> the bank's
+    beside_method: ClassVar[bool] = False  # a part of an adapter whose method is another one, with a config of its own: see tokens.py
     named_alone: ClassVar[bool] = False  # the names of its tensors in the file are whole, without the layer's
 
     def __init__(self, config: AdapterConfig, site: Site, banks: Mapping[str, Bank] | None = None):

@@ -74,7 +74,7 @@ class MovingBase:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, config: OverTime, seed: int):
         self.model, self.optimizer, self.name, self.config, self.seed = model, optimizer, name, config, seed
         self.layers: dict[str, Adapted] = {
-            place: wrapper for place, wrapper in wrappers(model) if isinstance(wrapper, Adapted) and name in wrapper.adapters
+            place: wrapper for place, wrapper in wrappers(model) if isinstance(wrapper, Adapted) and name in wrapper.adapters and not wrapper.adapters[name].beside_method
         }
         self.deltas: dict[str, Delta] = {place: layer.adapters[name] for place, layer in self.layers.items()}
         self._check()

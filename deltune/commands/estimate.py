@@ -38,18 +38,13 @@ def shapes_of(run: Run) -> PreTrainedModel:
 
     Attention that runs compiled kernels only is replaced by torch's own, which keeps as much.
     """
+    from deltune.commands.new_tokens import set_moving
     from deltune.models.load import empty
-    from deltune.models.select import select_trainable
 
     compiled = run.model.attention in ("flash_attention_2", "flex_attention")
     model = empty(replace(run.model, attention="sdpa") if compiled else run.model, fast=run.fast == "auto")
     of_run(run, model, pick_device(run.engine.device))
-    if run.adapter is None:
-        select_trainable(model, run.model.enable, run.model.disable)
-    else:
-        from deltune.adapters.attach import attach
-
-        attach(model, run.adapter)
+    set_moving(run, model)
     if run.fast == "auto":
         fast.put(model, adapted=run.adapter is not None)
     return model

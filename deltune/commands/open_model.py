@@ -37,11 +37,11 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
     try:
         tokenizer = load_tokenizer(settings.model)
         model = load(settings.model, fast=fast)
-        check_pair(model.config, tokenizer)
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:
             load_adapter(model, settings.adapter)
+        check_pair(model.config, tokenizer)  # after the adapter, which may bring tokens
         model.requires_grad_(False)
         yield Opened(engine.place(model), tokenizer, engine)
     finally:

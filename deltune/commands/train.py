@@ -148,23 +148,18 @@ class Session:
     def load_model(self, depth: int | None = None) -> None:
         """Weights in place, and it is settled which of them move, and how batches are made for them. With `depth` random
         weights of so many blocks."""
-        from deltune.commands import arithmetic, fast
+        from deltune.commands import arithmetic, fast, new_tokens
         from deltune.commands.batching import of_run
         from deltune.models.head import described
         from deltune.models.load import check_pair, load
-        from deltune.models.select import parameter_table, select_trainable
+        from deltune.models.select import parameter_table
 
         run = self.run
         self.fast = run.fast == "auto"
         model = load(run.model, device="cpu", seed=run.seed, fast=self.fast, depth=depth)
         check_pair(model.config, self.tokenizer)
         self.engine.compute_in(arithmetic.of_run(run, model, self.engine.device))
-        if run.adapter is None:
-            select_trainable(model, run.model.enable, run.model.disable)
-        else:
-            from deltune.adapters.attach import attach
-
-            attach(model, run.adapter, seed=run.seed)
+        new_tokens.set_moving(run, model)
         self.model = self.engine.place(model)
         if run.engine.compile:
             from deltune.models.compiled import compile_blocks
@@ -407,8 +402,10 @@ class Session:
         """The adapter as PEFT's files, or the whole model as a Hugging Face folder."""
         if self.run.result == "adapter":
             from deltune.adapters.files import save_adapter
+            from deltune.commands.new_tokens import save_tokenizer
 
             save_adapter(self.model, self.run.folder / "adapter", base=self.run.model.path)
+            save_tokenizer(self.run, self.tokenizer, self.run.folder / "adapter")
             return str(self.run.folder / "adapter")
         from deltune.models.load import save_model
 

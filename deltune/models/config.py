@@ -8,6 +8,9 @@ from deltune.config.fields import option
 
 ATTENTION = ("auto", "segment", "sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NEW_ROWS = ("subwords", "mean", "normal", "uniform", "xavier", "kaiming")
+VOCABULARY = ("add_tokens", "add_special_tokens", "new_rows", "vocab_multiple", "grow")  # keys that only training reads
+PADS = ("auto", "add", "eos", "unk")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,12 @@ class ModelConfig:
     revision: str | None = option(None, "Commit, tag or branch of a hub id.")
     tokenizer: str | None = option(None, "Folder or hub id of the tokenizer; null takes the model's own.")
     chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
+    add_tokens: list[str] | str = option([], "Texts that become a token each, or a file with one a line; the model gets rows for them, which are trained and saved with an adapter.")
+    add_special_tokens: list[str] | str = option([], "The same for special tokens, which decoded answers leave out, such as marks of a conversation's turns.")
+    new_rows: str = option("subwords", "Start of new tokens' rows. subwords: mean of the rows of the pieces that the text was before; mean: of all rows; normal, uniform: drawn with mean and deviation of all rows; xavier, kaiming: drawn by the table's shape alone.", choices=NEW_ROWS)
+    vocab_multiple: int = option(1, "Round the number of the model's rows up to a multiple of this, e.g. 64.", gt=0)
+    grow: bool = option(False, "Give the model rows for tokens that `tokenizer` has beyond the model's own, such as a merged vocabulary's.")
+    pad_token: str = option("auto", "Which token pads. auto: the tokenizer's own, else unk, else eos; add: a new token [PAD]; padding is masked by length and never trained, so none changes a number.", choices=PADS)
     start: str = option("pretrained", "Load the weights, or draw them anew from the folder's config.json.", choices=("pretrained", "random"))
     dtype: str = option("auto", "Storage type of the base weights; auto keeps the folder's own (float32 for random starts).", choices=DTYPES)
     attention: str = option("auto", "Attention implementation; auto is segment (this program's own) where the model can run it, else transformers' choice.", choices=ATTENTION)
@@ -28,6 +37,11 @@ class ModelConfig:
         "(selective) or all (full, also written true); auto takes the first that fits the memory, by a measured micro-batch.",
         choices=("auto", "none", "selective", "full", True, False),
     )  # fmt: skip
+
+    @property
+    def has_new_rows(self) -> bool:
+        """Whether the model may get more rows than its folder has."""
+        return bool(self.add_tokens or self.add_special_tokens or self.grow or self.vocab_multiple > 1 or self.pad_token == "add")
 
     @property
     def recompute(self) -> str:

@@ -13,6 +13,7 @@ from deltune.errors import ModelError
 BUNDLED = Path(__file__).parent / "bundled"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 # read for CODE_KEYS; tokenizer.json and its kin are left out, where any word may be a vocabulary entry
 SETTINGS_FILES = (

@@ -6,16 +6,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltune import tables
 from deltune.errors import ModelError
 from deltune.log import logger
-from deltune.models import attention, recompute
+from deltune.models import attention, recompute, vocabulary
 from deltune.models import folder as folders
 from deltune.models.config import ModelConfig
+from deltune.models.folder import TOKENIZER_FILES
 from deltune.weights import sha256_of, sync
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ def load(
         model = _draw(architecture, folder, config, where, seed)
     else:
         model = _read(architecture, folder, config, where)
+    _lengthen(model, config)
     _choose_attention(model, config, where, fast)
     if config.recompute in ("selective", "full"):
         recompute.apply(model, config.recompute)
@@ -64,6 +68,7 @@ def empty(config: ModelConfig, *, fast: bool = True) -> PreTrainedModel:
     architecture = read_config(folder, where)
     with torch.device("meta"):
         model = _from_config(architecture, config, where)
+    _lengthen(model, config)
     _choose_attention(model, config, where, fast)
     return model
 
@@ -190,11 +195,8 @@ def _dtype(name: str) -> torch.dtype | str:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right, with EOS and a pad token, and the chat template that the config names.
-
-    Padding is masked and never trained, so which token pads changes no number. Where the folder names none it is the
-    unknown token if there is one, else EOS: a reader who masks by id then still sees the EOS of an answer.
-    """
+    """The tokenizer, padding on the right, with EOS and a pad token, the tokens that the config adds, and the chat template
+    that it names."""
     from transformers import AutoTokenizer
 
     key, path = ("model.tokenizer", config.tokenizer) if config.tokenizer else ("model.path", config.path)
@@ -209,20 +211,36 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     with blamed(f"{key}={path}: the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary.repair(tokenizer, f"{key}={path}")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{key}={path}: the tokenizer has no EOS token, so no answer could end. "
             "What fits: eos_token in its tokenizer_config.json."
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
+    vocabulary.add(tokenizer, config)
+    vocabulary.settle_pad(tokenizer, config)
     tokenizer.padding_side = "right"
     if config.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.chat_template).expanduser(), tokenizer)
     return tokenizer
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+def new_vocabulary(config: ModelConfig) -> vocabulary.Growth | None:
+    """What the config adds to the vocabulary of the model in the folder; None if nothing. No weight file is opened."""
+    if not config.has_new_rows:
+        return None
+    plain = replace(config, add_tokens=[], add_special_tokens=[], pad_token="auto")
+    old = load_tokenizer(replace(plain, tokenizer=None) if config.grow else plain)
+    architecture = read_config(folders.find(config.path, config.revision, weights=False), f"model.path={config.path}")
+    check_pair(architecture, old)
+    return vocabulary.growth(config, old, load_tokenizer(config), architecture.get_text_config().vocab_size)
+
+
+def _lengthen(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Rows for new tokens, which are zeros until they are started."""
+    new = new_vocabulary(config)
+    if new is not None:
+        tables.lengthen(model, new.size)
 
 
 def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -291,7 +309,13 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         "commit": folder.name if folder.parent.name == "snapshots" else None,
         "sha256": {file.name: sha256_of(file) for file in light if file.is_file()},
         "weight_bytes": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
+        **({} if config.tokenizer is None else {"tokenizer_sha256": _tokenizer_hashes(config.tokenizer)}),
     }
+
+
+def _tokenizer_hashes(path: str) -> dict[str, str]:
+    folder = folders.find(path, None, key="model.tokenizer", weights=False)
+    return {name: sha256_of(folder / name) for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()}
 
 
 # what transformers raises where a folder's JSON is not what it expects

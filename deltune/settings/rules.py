@@ -84,6 +84,10 @@ def model_rules(run: Run) -> Iterator[str]:
         for key in ("enable", "disable"):
             if getattr(model, key):
                 yield f"model.{key} chooses among the model's own weights, which an adapter leaves frozen: use adapter=null, or adapter.modules_to_save"
+    if changed(model, "new_rows") and not model.has_new_rows:
+        yield "model.new_rows has no effect without new tokens: model.add_tokens, model.add_special_tokens, model.grow or model.pad_token=add"
+    if model.grow and model.tokenizer is None:
+        yield "model.grow has no effect without model.tokenizer, which has the tokens that the model lacks"
     yield from revision_rule(model)
 
 

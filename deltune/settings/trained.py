@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from deltune.config.fields import option, section
 from deltune.engines.config import Single
-from deltune.models.config import ModelConfig
-from deltune.settings.rules import revision_rule
+from deltune.models.config import VOCABULARY, ModelConfig
+from deltune.settings.rules import changed, revision_rule
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Trained:
         for key in ("enable", "disable", "gradient_checkpointing"):
             if getattr(self.model, key) not in ([], "auto"):
                 found.append(f"model.{key} has no effect: nothing is trained here")
+        for key in VOCABULARY:
+            if changed(self.model, key):
+                found.append(f"model.{key} has no effect: tokens are added where a model is trained, and its adapter or folder has them")
+        if self.model.pad_token == "add":
+            found.append("model.pad_token cannot be add: nothing is trained here")
         if self.engine.compile:
             found.append("engine.compile has no effect: nothing is trained here")
         return found

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deltune.errors import ConfigError
+from deltune.models.config import VOCABULARY, ModelConfig
+from deltune.models.folder import TOKENIZER_FILES
 from deltune.settings.evaluation import EvalSettings
 from deltune.settings.generation import Generation
 from deltune.settings.run import Run
@@ -81,6 +83,9 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     """Where a run is named, take from it what is not stated: base model, adapter, how prompts are written."""
     folder = _run_folder(stated)
     if folder is None:
+        adapter = stated.get("adapter")
+        if isinstance(adapter, str) and _has_tokenizer(Path(adapter)):
+            _lay_under(stated, origins, {"model": {"tokenizer": adapter}}, adapter)
         return
     config = folder / "config.yaml"
     run = load_run(file=config)
@@ -88,7 +93,7 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     stated["adapter"] = _only_if_there(folder / "adapter") if run.result == "adapter" else None
     taken: dict[str, dict[str, Any]] = {"model": asdict(run.model), "engine": {"precision": run.engine.precision}}
     # what only training reads has no meaning here
-    taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": "auto", "start": "pretrained"}
+    taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": "auto", "start": "pretrained"} | _vocabulary_of(run, folder)
     if run.result == "adapter" and run.model.start == "random":
         raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
     if run.result == "model":
@@ -102,6 +107,20 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
         for key in ("template", "system", "meta_prompt", "prefix", "postfix"):
             stated.setdefault(key, getattr(run.data, key))
             origins.setdefault((key,), label)
+
+
+def _vocabulary_of(run: Run, folder: Path) -> dict[str, Any]:
+    """What says of a run's model which tokens it has, where that added some: they are in the tokenizer that it left."""
+    if not run.model.has_new_rows:
+        return {}
+    default = ModelConfig()
+    left = folder / "adapter"
+    own = {"tokenizer": str(left) if run.result == "adapter" and _has_tokenizer(left) else None, "pad_token": "auto"}
+    return {key: getattr(default, key) for key in VOCABULARY} | own
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(os.path.isfile(folder / name) for name in TOKENIZER_FILES)
 
 
 def _run_folder(stated: Mapping[str, Any]) -> Path | None:

@@ -32,6 +32,7 @@ from deltune.adapters.files.peft import (
     read_config,
 )
 from deltune.adapters.files.save import FORMAT, SIDECAR
+from deltune.adapters.files.vocabulary import give_rows, undone_if_it_fails
 from deltune.adapters.quantised import Originals, exact_weight, is_quantised, take_out
 from deltune.adapters.wrapper import base_name
 from deltune.errors import AdapterError, DeltuneError
@@ -41,13 +42,15 @@ from deltune.weights import PICKLE_ENDINGS, check_tensor, read_tensors, sha256_o
 SHOWN = 5  # names listed in a message
 
 
+@undone_if_it_fails
 def load_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False,
     originals: Originals | None = None,
 ) -> nn.Module:  # fmt: skip
     """Attach an adapter from a folder that Deltune or PEFT wrote, in place, and return the model.
 
-    A folder without an adapter of its own may have it in a sub-folder of its name, as PEFT writes them. It runs beside
+    A base with fewer tokens than the one that it was made on is given rows for them. A folder without an adapter of its own
+    may have it in a sub-folder of its name, as PEFT writes them. It runs beside
     the adapters that are active already, and is frozen unless `trainable`. `any_base` allows a base model other than the
     one it was made on. `originals` gives a quantised layer's weight as it was before, for an adapter whose start was taken
     out of it (see quantised.py). A `.ckpt` file is taken for one of MyTransformers', see mytransformers.py. Raises AdapterError if
@@ -62,6 +65,7 @@ def load_adapter(
         fields = _read_json(folder / CONFIG_FILE)
     with _at(folder / TENSOR_FILE):
         tensors = _read_all(folder)
+        give_rows(model, fields, tensors)
     record: Mapping[str, Any] = {}
     if (folder / SIDECAR).exists():
         with _at(folder / SIDECAR):
@@ -93,7 +97,9 @@ def _as_recorded(read: AdapterConfig, recorded: Mapping[str, Any], fields: Mappi
     written = (own_format(type(given)) if ours else form_for(given)).write(given)
     if complaint(given) or any(fields.get(name) != value for name, value in written.items()):
         return read
-    return dataclasses.replace(given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save)
+    return dataclasses.replace(
+        given, targets=read.targets, exclude=[], modules_to_save=read.modules_to_save, trainable_token_indices=read.trainable_token_indices
+    )  # fmt: skip
 
 
 @contextmanager

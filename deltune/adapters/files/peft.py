@@ -33,7 +33,8 @@ PEFT_VERSION = "0.21.2"  # whose format is written; tests hold it to that versio
 INFORMATION = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"})
 # Understood here, for every method
 SELECTION = frozenset({"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
-# The one type of PEFT's that adapts parameters, such as those of experts
+TOKENS = "trainable_token_indices"
+# The one type of PEFT's that adapts parameters, such as those of experts, and that trains tokens' rows besides
 TAKES_PARAMETERS = "LORA"
 # Of no effect while they have this value
 HARMLESS = {"bias": "none"}
@@ -63,13 +64,15 @@ def form_for(config: AdapterConfig, deltas: Mapping[str, Delta] | None = None, *
     start was taken out of quantised layers, so its base is none that PEFT could load."""
     form = config.delta_class().peft
     unsaid = any(delta.site.kind == "experts" and not isinstance(delta, ExpertLora) for delta in (deltas or {}).values())
+    if config.trainable_token_indices and form is not None:  # of a head with a bias PEFT would lose it
+        unsaid |= form.type != TAKES_PARAMETERS or any(delta.beside_method and delta.site.has_bias for delta in (deltas or {}).values())
     if form is None or unsaid or taken or not form.fits(config):
         return own_format(type(config))
     return form
 
 
 # What every method has and `write_fields` says in PEFT's words, and what has no effect on the function
-COMMON = frozenset({"delta", "targets", "exclude", "modules_to_save", "dtype", "schedule"})
+COMMON = frozenset({"delta", "targets", "exclude", "modules_to_save", TOKENS, "dtype", "schedule"})
 
 
 def own_format(config_class: type[AdapterConfig]) -> PeftFormat:
@@ -93,7 +96,8 @@ def own_format(config_class: type[AdapterConfig]) -> PeftFormat:
 
 def check_fields(fields: Mapping[str, Any], form: PeftFormat) -> None:
     """Raise AdapterError for a field that is set and that neither we nor the method understand."""
-    known = INFORMATION | SELECTION | form.fields | ({"target_parameters"} if form.type == TAKES_PARAMETERS else set())
+    known = INFORMATION | SELECTION | form.fields
+    known |= {"target_parameters", TOKENS} if form.type == TAKES_PARAMETERS else {TOKENS} if form.type.startswith(OWN) else set()
     harmless = HARMLESS | dict(form.harmless)
     for name, value in fields.items():
         if name in known or value is None or value is False or value in ("", [], {}):
@@ -193,7 +197,8 @@ def read_config(model: nn.Module, fields: Mapping[str, Any]) -> AdapterConfig:
     config_class, form = format_of(fields)
     check_fields(fields, form)
     chosen = {} if issubclass(config_class.delta_class(), ModelDelta) else {"targets": target_names(model, fields)}
-    return config_class(**chosen, modules_to_save=saved_names(fields), **form.read(fields))
+    tokens = fields.get(TOKENS) or []
+    return config_class(**chosen, modules_to_save=saved_names(fields), trainable_token_indices=tokens, **form.read(fields))
 
 
 def write_fields(
@@ -211,7 +216,7 @@ def write_fields(
         "revision": None,
         "auto_mapping": None,
         # what is tied to a target follows it there too, and is not named
-        "target_modules": shortest_names(model, [place for place, delta in deltas.items() if delta.site.tied_to is None and place not in stacks]),
+        "target_modules": shortest_names(model, [place for place, delta in deltas.items() if _is_target_of(delta) and place not in stacks]),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -221,7 +226,13 @@ def write_fields(
     }
     if stacks:
         fields["target_parameters"] = sorted(stacks)
+    if config.trainable_token_indices:
+        fields[TOKENS] = config.trainable_token_indices
     return {name: value for name, value in fields.items() if name not in form.lacks}
+
+
+def _is_target_of(delta: Delta) -> bool:
+    return delta.site.tied_to is None and not delta.beside_method
 
 
 def _task_type(model: nn.Module) -> str | None:
