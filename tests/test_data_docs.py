@@ -27,6 +27,7 @@ def settings_of(words: str) -> dict:
     rest = words.replace(fields.group(0), "") if fields else words
     found = {name: yaml.safe_load(f'"{value}"') for name, value in (word.split("=", 1) for word in shlex.split(rest))}
     found |= {"max_length": int(found["max_length"])} if "max_length" in found else {}
+    found |= {"train_on_source": found["train_on_source"] == "true"} if "train_on_source" in found else {}
     return found | ({"fields": yaml.safe_load(fields.group(1).replace(":", ": "))} if fields else {})
 
 

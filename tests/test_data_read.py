@@ -219,20 +219,26 @@ def test_hub_data_sets_come_through_the_optional_library(monkeypatch):
     class Rows(list):
         _fingerprint = "abc"
 
-    def load_dataset(name, split):
-        asked.append((name, split))
-        if name == "gone":
+    class DatasetsError(Exception):
+        pass
+
+    def load_dataset(path, split):
+        asked.append((path, split))
+        if path == "gone":
             raise FileNotFoundError("no such data set")
+        if path == "broken":
+            raise DatasetsError("cannot be built")
         return Rows(ROWS)
 
     (source,) = resolve([Source(path="hf:owner/name", split="test")], "data.train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the `datasets` library: pip install 'deltune\[hub\]'"):
         list(read(source.files[0]))
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetsError=DatasetsError)))
     records = list(read(source.files[0]))
     assert [r.value for r in records] == ROWS and asked[0] == ("owner/name", "test")
     assert source.files[0].where(3) == "hf:owner/name[3]"
     assert [r.number for r in islice(read(source.files[0], records[4].after), 5)] == [5, 6]
-    with pytest.raises(DataError, match="cannot load hf:gone"):
-        list(read(resolve(["hf:gone"], "data.train")[0].files[0]))
+    for name in ("hf:gone", "hf:broken"):
+        with pytest.raises(DataError, match=f"cannot load {name}"):
+            list(read(resolve([name], "data.train")[0].files[0]))

@@ -138,6 +138,7 @@ def mode_of(data_path: str) -> str:
     """pretrain for rows of plain text, sft for all that have an answer."""
     from deltune.data.config import Source
     from deltune.data.detect import FIRST_ROWS, detect
+    from deltune.data.formats import DOCUMENTS
     from deltune.data.read import read
     from deltune.data.sources import resolve
 
@@ -145,7 +146,8 @@ def mode_of(data_path: str) -> str:
     rows = [record.value for record in islice(read(source.files[0]), FIRST_ROWS) if not record.fault]
     if not rows:
         raise DataError(f"{data_path}: no row of the first {FIRST_ROWS} can be read")
-    return "pretrain" if detect(rows, format="auto", fields={}, mode="sft", name=data_path).format == "text" else "sft"
+    found = detect(rows, format=source.shape or "auto", fields={}, mode="sft", name=data_path)
+    return "pretrain" if found.format in DOCUMENTS else "sft"
 
 
 def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,6 +1,6 @@
 """deltune list [WHAT ...]
 
-What there is to choose from. WHAT narrows it: models, methods, formats, optimizers, schedules, engines, sinks, groups,
+What there is to choose from. WHAT narrows it: models, methods, data, formats, optimizers, schedules, engines, sinks, groups,
 presets; `keys` is every setting, as in docs/config.md, and `schema` a JSON Schema of a config for editors.
 """
 
@@ -64,6 +64,7 @@ states every key and reruns it. `deltune preview` takes a training config as wel
 VERBS_OF_PAGE = (
     ("deltune train, deltune plan", settings.Run, ()),
     ("deltune eval", settings.EvalSettings, ("model", "data", "engine")),
+    ("deltune ratings", settings.RatingsSettings, ()),
     ("deltune generate", settings.GenerateSettings, ("model", "engine")),
     ("deltune chat", settings.ChatSettings, ("model", "engine")),
     ("deltune merge", settings.MergeSettings, ("model", "engine")),
@@ -120,6 +121,28 @@ def formats() -> Iterator[Row]:
         yield name, ", ".join(needed) + (f"; may have {', '.join(allowed)}" if allowed else "")
 
 
+def data() -> Iterator[Row]:
+    """Public data sets by name: where, format, licence, what."""
+    from deltune.data.named import NAMED
+
+    for name, entry in NAMED.items():
+        place = f"hf:{entry.hub}" if entry.hub else "local files"
+        formats = " or ".join(dict.fromkeys(format for format, _ in entry.shapes))
+        yield name, f"{place}; {formats}; {entry.licence}; {entry.note}"
+
+
+def data_table() -> str:
+    """The same as a table of docs/data.md."""
+    from deltune.data.named import NAMED
+
+    lines = ["| name | on the hub | formats | licence | |", "|---|---|---|---|---|"]
+    for name, entry in NAMED.items():
+        hub = f"[{entry.hub}](https://huggingface.co/datasets/{entry.hub})" if entry.hub else "–"
+        formats = ", ".join(dict.fromkeys(f"`{format}`" for format, _ in entry.shapes))
+        lines.append(f"| `{name}` | {hub} | {formats} | {entry.licence} | {entry.note} |")
+    return "\n".join(lines)
+
+
 def table(section: str) -> Callable[[], Iterator[Row]]:
     """The options of a Choice, each with the first line of its dataclass."""
 
@@ -173,6 +196,7 @@ def _comment(file: Path) -> str:
 TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
     "models": models,
     "methods": methods,
+    "data": data,
     "formats": formats,
     "optimizers": table("optim"),
     "schedules": table("schedule"),
@@ -204,11 +228,15 @@ def schema_page() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False)
 
 
+BETWEEN_MARKS = re.compile(r"(<!-- written by make docs -->\n).*?(\n<!-- end -->)", re.S)  # of docs/data.md
 PAGES: dict[str, Callable[[], str]] = {"keys": config_page, "schema": schema_page}
 
 
 if __name__ == "__main__":  # make docs
     if sys.argv[1:] == ["--write-docs"]:
-        (Path(__file__).resolve().parents[2] / "docs" / "config.md").write_text(config_page() + "\n", encoding="utf-8")
+        docs = Path(__file__).resolve().parents[2] / "docs"
+        (docs / "config.md").write_text(config_page() + "\n", encoding="utf-8")
+        page = (docs / "data.md").read_text(encoding="utf-8")
+        (docs / "data.md").write_text(BETWEEN_MARKS.sub(lambda marks: marks[1] + data_table() + marks[2], page), encoding="utf-8")
     else:
         sys.exit(main(sys.argv[1:]))

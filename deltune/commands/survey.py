@@ -138,10 +138,9 @@ def _look(entry: str | Source, config: DataConfig, tokenizer: Any, key: str) -> 
 
     alone = replace(config, train=[entry], eval=[], eval_size=0.0, read_nums=SAMPLE_ROWS, streaming=False, cache=None)
     data = prepare(alone, tokenizer)
-    source = resolve([entry], key)[0]
-    return _Look(
-        data.train.lengths, data.train.num_trained, sum(count_rows(file) for file in source.files), source.source.weight, data.report
-    )
+    sources = resolve([entry], key)
+    num_rows = sum(count_rows(file) for source in sources for file in source.files)
+    return _Look(data.train.lengths, data.train.num_trained, num_rows, sources[0].source.weight, data.report)
 
 
 def count_rows(file: File) -> int:

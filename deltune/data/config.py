@@ -17,22 +17,25 @@ FORMATS = (
 class Source:
     """One file, folder or hub data set, and how its rows are read."""
 
-    path: str = option(help="File, folder, glob, `bundled`, or hub id as `hf:owner/name`.")
+    path: str = option(help="File, folder, glob, `bundled`, name of a public data set, or hub id as `hf:owner/name`.")
     weight: float = option(1.0, "How often each row is seen per epoch; 0.5 sees a different half each epoch.", gt=0)
-    format: str | None = option(None, "Row format; null takes data.format.", choices=FORMATS)
+    format: str | None = option(None, "Row format, or the name of a public data set for rows of its shape; null takes data.format.", choices=FORMATS)
     fields: dict[str, str] = option({}, "Role of a field to the column that holds it, e.g. {output: reply}; adds to data.fields.")
     split: str = option("train", "Split of a hub data set.")
+    subset: str | None = option(None, "Configuration of a hub data set, where it has several.")
+    files: str | None = option(None, "File or pattern inside a hub data set, instead of all that it declares.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub data set.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Training and evaluation data."""
 
-    train: list[str | Source] = option(["bundled"], "Files, folders, globs or hub ids (`hf:owner/name`); each a path or a mapping with weight, format, fields.")
+    train: list[str | Source] = option(["bundled"], "Files, folders, globs, names of public data sets or hub ids (`hf:owner/name`); each a path or a mapping with weight, format, fields.")
     eval: list[str | Source] = option([], "The same, for evaluation; empty evaluates on a part of the training rows if eval_size asks for it.")
     eval_size: float = option(0.0, "Without data.eval: rows held out of the training data; below 1 a fraction, else a count.", ge=0)
     mode: str = option("sft", "sft trains the answers, pretrain every token.", choices=("sft", "pretrain"))
-    format: str = option("auto", "Format of the rows; auto looks at the first rows.", choices=FORMATS)
+    format: str = option("auto", "Format of the rows, or the name of a public data set for rows of its shape; auto looks at the first rows.", choices=FORMATS)
     fields: dict[str, str] = option({}, "Role of a field to the column that holds it, e.g. {output: reply}.")
     template: str = option("auto", "chat: the tokenizer's chat template; alpaca: the Alpaca text frame; plain: prompt and answer joined; auto: chat if the tokenizer has one, else alpaca for instruction rows, else plain.", choices=("auto", "chat", "alpaca", "plain"))
     system: str | None = option(None, "System message put before conversations that have none.")

@@ -23,7 +23,6 @@ class Named:
     subset: str = ""
     revision: str = ""
     files: tuple[str, ...] = ("",)  # patterns inside the repository, each a source of its own; "" is what the hub declares
-    mode: str = "sft"  # the data.mode that its rows are for
 
 
 _ALPACA: Shape = ("alpaca", {})
@@ -41,10 +40,10 @@ NAMED: dict[str, Named] = {
     "alpaca": Named("tatsu-lab/alpaca", (_ALPACA,), "CC BY-NC 4.0", "52,002 instructions, answers by text-davinci-003"),
     "alpaca-clean": Named("yahma/alpaca-cleaned", (_ALPACA,), "CC BY 4.0", "alpaca with faulty rows mended"),
     "alpaca-gpt4": Named("vicgalle/alpaca-gpt4", (_ALPACA,), "CC BY-NC 4.0", "alpaca's instructions, answers by GPT-4"),
-    "chip2": Named("laion/OIG", (("dialogue", {}),), "Apache-2.0", "210,289 short dialogues of OIG, `<human>:` and `<bot>:`", files=("unified_chip2.jsonl",)),
+    "chip2": Named("laion/OIG", (("dialogue", {}),), "Apache-2.0", "short dialogues of OIG, `<human>:` and `<bot>:`", files=("unified_chip2.jsonl",)),
     "self-instruct": Named(
         "yizhongw/self_instruct", (("prompt_completion", {}), ("instances", {})), "Apache-2.0",
-        "82,612 instructions made by GPT-3; local files may be its seed tasks", subset="self_instruct", revision=_PARQUET,
+        "instructions made by GPT-3; local files may be its seed tasks", subset="self_instruct", revision=_PARQUET,
     ),
     "hh-rlhf": Named(
         "Anthropic/hh-rlhf", (("dialogue", {"text": "chosen"}), ("messages", {"messages": "chosen"})), "MIT",
@@ -53,7 +52,7 @@ NAMED: dict[str, Named] = {
     "longform": Named("akoksal/LongForm", (("input_output", {}),), "MIT", "long texts with instructions made for them"),
     "oasst1": Named(
         "timdettmers/openassistant-guanaco", (("dialogue", {}), ("tree", {}), ("tree_rows", {})), "Apache-2.0",
-        "9,846 conversations along the best replies of OpenAssistant; local files may be its trees or its messages",
+        "conversations along the best replies of OpenAssistant; local files may be its trees or its messages",
     ),
     "unnatural-instructions": Named(
         "mrm8488/unnatural-instructions-core", (("instances", {}),), "MIT",
@@ -62,7 +61,7 @@ NAMED: dict[str, Named] = {
     "supernatural-instructions": Named(
         "Muennighoff/natural-instructions",
         (("task", {"definition": "definition", "input": "inputs", "output": "targets"}), ("task", {"definition": "Definition"})), "Apache-2.0",
-        "1,600 tasks, column `task_name`; local files may be its tasks/*.json, whose file name is column `task`",
+        "some 1,600 tasks, column `task_name`; local files may be its tasks/*.json, whose file name is column `task`",
     ),
     "flan": Named(
         "Muennighoff/flan", (("input_output", {"input": "inputs", "output": "targets"}),), "of each task",
@@ -78,11 +77,11 @@ NAMED: dict[str, Named] = {
     ),
     "wudao": Named(
         None, (("titled", {}),), "of data.baai.ac.cn, after registration",
-        "Chinese web text, 200 GB; download it from https://data.baai.ac.cn/details/WuDaoCorporaText and name its folder", mode="pretrain",
+        "Chinese web text, 200 GB; download it from https://data.baai.ac.cn/details/WuDaoCorporaText and name its folder",
     ),
     "c4": Named(
         "allenai/c4", (("text", {}),), "ODC-BY", "English web text, 1,024 files, 305 GB; files=en/c4-train.00000-of-01024.json.gz is the first",
-        files=("en/c4-train.*.json.gz",), mode="pretrain",
+        files=("en/c4-train.*.json.gz",),
     ),
 }  # fmt: skip
 

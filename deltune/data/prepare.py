@@ -148,7 +148,8 @@ def _open(files: SourceFiles, config: DataConfig, tokenizer: Any) -> _Source:
     if not good:
         raise refusal([(files.files[0], Reject(r.number, r.fault, False, r.value)) for r in head])
     fields = dict(config.fields) | dict(source.fields)
-    schema = detect(good, format=source.format or config.format, fields=fields, mode=config.mode, name=files.name)
+    wanted = source.format or (config.format if config.format != "auto" else files.shape or "auto")
+    schema = detect(good, format=wanted, fields=fields, mode=config.mode, name=files.name)
     if schema.format in DOCUMENTS and config.mode == "sft":
         raise DataError(
             f"{files.name}: rows are plain text ({schema.describe()}) without a prompt and an answer; "

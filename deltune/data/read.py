@@ -34,7 +34,10 @@ class File:
     path: str
     kind: str  # jsonl, json, csv, tsv, parquet, txt, hub
     gzipped: bool = False
-    split: str = ""  # of a hub data set
+    split: str = ""  # of a hub data set, as all below
+    subset: str = ""
+    pattern: str = ""  # files inside the repository; "" is what it declares
+    revision: str = ""
 
     def where(self, number: int) -> str:
         return f"{self.path}[{number}]" if self.kind in ("json", "parquet", "hub") else f"{self.path}:{number}"
@@ -382,9 +385,27 @@ def open_hub(file: File) -> Any:
     except ImportError as e:
         raise DataError(f"{file.path} needs the `datasets` library: pip install 'deltune[hub]'") from e
     try:
-        return datasets.load_dataset(file.path.removeprefix("hf:"), split=file.split)
-    except (OSError, ValueError, RuntimeError) as e:  # not found, no network, unknown split, broken repository
+        return datasets.load_dataset(**_hub_arguments(file))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:  # not found, no network, unknown split
         raise DataError(f"cannot load {file.path} (split {file.split}): {e}") from e
+
+
+_BUILDERS = {"jsonl": "json", "json": "json", "ndjson": "json", "csv": "csv", "parquet": "parquet", "txt": "text"}
+
+
+def _hub_arguments(file: File) -> dict[str, Any]:
+    """What load_dataset is called with. Single files are read by a builder for their kind, so that nothing of the
+    repository but these files is looked at: some hold a loading script, which the library refuses to run."""
+    name = file.path.removeprefix("hf:")
+    if not file.pattern:
+        given = {"name": file.subset, "revision": file.revision}
+        return {"path": name, "split": file.split} | {key: value for key, value in given.items() if value}
+    ending = file.pattern.removesuffix(".gz").rpartition(".")[2]
+    if ending not in _BUILDERS:
+        raise DataError(f"{file.path}: files={file.pattern} must end in {', '.join('.' + kind for kind in _BUILDERS)} (or these with .gz)")
+    revision = f"@{file.revision.replace('/', '%2F')}" if file.revision else ""
+    place = f"hf://datasets/{name}{revision}/{file.pattern}"
+    return {"path": _BUILDERS[ending], "data_files": {file.split: place}, "split": file.split}
 
 
 def _read_hub(file: File, start: Cursor) -> Iterator[Record]:

@@ -1,6 +1,6 @@
 """From what the user names to the files that are read, in an order that does not depend on the machine.
 
-A name is a file, a folder, a glob, `bundled` or `hf:owner/name`. What a file is, its content decides where the name
+A name is a file, a folder, a glob, `bundled`, a public data set (see named.py) or `hf:owner/name`. What a file is, its content decides where the name
 is wrong; a file that cannot be read as rows is an error, never passed over, except in a folder, where it is named.
 """
 
@@ -10,12 +10,14 @@ import difflib
 import glob
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltune.data.config import Source
+from deltune.data.named import NAMED, named
 from deltune.data.read import File, open_hub, parse_line
 from deltune.errors import DataError
 from deltune.log import logger
@@ -32,6 +34,7 @@ class SourceFiles:
     name: str
     source: Source
     files: tuple[File, ...]
+    shape: str = ""  # the format that is meant where none is given: the name of a public data set
 
     @property
     def size(self) -> int:
@@ -44,9 +47,30 @@ def resolve(sources: Sequence[str | Source], key: str) -> list[SourceFiles]:
     found = []
     for entry in sources:
         source = Source(path=entry) if isinstance(entry, str) else entry
-        files = tuple(_files(source, key))
-        found.append(SourceFiles(source.path, source, files))
+        if named(source.path) is None:
+            files = tuple(_files(source, key))
+            # a set of files of several formats: each is a source
+            several = source.format in NAMED and len(NAMED[source.format].files) > 1
+            parts = [(file,) for file in files] if several else [files]
+            found += [SourceFiles(part[0].path if several else source.path, source, part) for part in parts]
+        else:
+            found += _public(source, key)
     return found
+
+
+def _public(source: Source, key: str) -> Iterator[SourceFiles]:
+    """A public data set by its name: a source for each of its files, where these have formats of their own."""
+    name, data = source.path.lower(), NAMED[source.path.lower()]
+    if os.path.exists(source.path):
+        other = f"hf:{data.hub}" if data.hub else "its name in another folder"
+        raise DataError(f"{key}: {source.path!r} is a file or folder here and the name of a public data set; say ./{source.path} for the first, {other} for the second")
+    if data.hub is None:
+        raise DataError(f"{key}: {source.path!r} cannot be had from the hub: {data.note}, with format: {name}")
+    patterns = (source.files,) if source.files else data.files
+    for pattern in patterns:
+        subset, revision = source.subset or data.subset, source.revision or data.revision
+        file = File(f"hf:{data.hub}", "hub", split=source.split, subset=subset, pattern=pattern, revision=revision)
+        yield SourceFiles(f"{source.path}/{pattern}" if len(patterns) > 1 else source.path, source, (file,), shape=name)
 
 
 def _files(source: Source, key: str) -> Iterator[File]:
@@ -54,8 +78,12 @@ def _files(source: Source, key: str) -> Iterator[File]:
         yield File(str(BUNDLED / ("eval.jsonl" if key == "data.eval" else "train.jsonl")), "jsonl")
         return
     if source.path.startswith("hf:"):
-        yield File(source.path, "hub", split=source.split)
+        subset, pattern, revision = source.subset or "", source.files or "", source.revision or ""
+        yield File(source.path, "hub", split=source.split, subset=subset, pattern=pattern, revision=revision)
         return
+    for setting, unset in (("split", "train"), ("subset", None), ("files", None), ("revision", None)):
+        if getattr(source, setting) != unset:
+            raise DataError(f"{key}: {setting} has no effect on {source.path!r}, which is no hub data set")
     path = Path(source.path).expanduser()
     if path.is_file():
         yield identify(path, source.format)
@@ -68,7 +96,9 @@ def _files(source: Source, key: str) -> Iterator[File]:
         for match in matches:
             yield identify(Path(match), source.format)
     else:
-        raise DataError(f"{key}: no file or folder {source.path!r}{_nearby(path)}")
+        close = difflib.get_close_matches(source.path.lower(), NAMED, n=1)
+        public = f"; the public data set {close[0]!r}?" if close else ""
+        raise DataError(f"{key}: no file or folder {source.path!r}{_nearby(path)}{public}")
 
 
 def _folder(folder: Path, format: str | None, key: str) -> Iterator[File]:

@@ -124,7 +124,7 @@ class Stream:
         what: list[Any] = [getattr(self.config, name) for name in (*ENCODING, *_READING)]
         for source in self.sources:
             what.append([source.schema.describe(), source.encoder.name, tokenizer_digest(source.encoder.tokenizer)])
-            what += [[Path(f.path).name, f.kind, f.split] for f in source.files.files]
+            what += [[Path(f.path).name, f.kind, f.split, f.subset, f.pattern, f.revision] for f in source.files.files]
             what += [source.files.size, source.files.source.weight]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
