@@ -317,6 +317,10 @@ class Session:
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
+    @property
+    def evaluates(self) -> bool:
+        return self.data.evaluation is not None or bool(self.run.eval.tasks)
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on the whole evaluation set and on tasks, over all ranks."""
         run, engine = self.run, self.engine
