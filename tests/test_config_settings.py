@@ -158,7 +158,7 @@ def test_a_saved_config_is_the_same_run(tmp_path):
 def test_a_saved_config_states_every_key():
     run = load_run(["preset=demo"])
     stated = run.to_dict()
-    chosen = {"adapter": "lora", "optim": "adamw", "schedule": "cosine", "engine": "single"}
+    chosen = {"quant": "none", "adapter": "lora", "optim": "adamw", "schedule": "cosine", "engine": "single"}
     for key in walk(Run):
         if len(key.path) == 1 or chosen.get(key.path[0], key.option) == key.option:
             value = stated

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from deltune import dist
 from deltune.engines.precision import Precision, settle
+from deltune.models import kbit
+from deltune.models.quantise import compute_in
 from deltune.weights import store_as
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def of_run(run: Run, model: PreTrainedModel, device: torch.device) -> Precision:
     """For training `run`; the frozen weights of `model`, which may be on the meta device, are then stored as it says."""
     precision = meant(run, model, device)
-    _store(model, precision)
+    _store(run, model, precision)
     return precision
 
 
@@ -32,7 +34,7 @@ def meant(run: Run, model: PreTrainedModel, device: torch.device) -> Precision:
 def of_use(settings: Trained, model: PreTrainedModel, device: torch.device) -> Precision:
     """For answers of a model: nothing is trained, so all of it may be stored as suits the device."""
     precision = _settled(settings, model, device, frozen=True)
-    _store(model, precision)
+    _store(settings, model, precision)
     return precision
 
 
@@ -42,6 +44,8 @@ def _settled(settings: Run | Trained, model: PreTrainedModel, device: torch.devi
     return dist.on_main(lambda: settle(settings.engine.precision, device=device, stored=model.dtype, frozen=frozen, keep=keep))
 
 
-def _store(model: PreTrainedModel, precision: Precision) -> None:
+def _store(settings: Run | Trained, model: PreTrainedModel, precision: Precision) -> None:
     if precision.storage is not None:
         store_as(model, precision.storage, but=tuple(model._keep_in_fp32_modules_strict or ()))
+    compute_in(model, settings.quant)
+    kbit.prepare(model)

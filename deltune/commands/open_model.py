@@ -36,7 +36,8 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
     engine = build(settings.engine)
     try:
         tokenizer = load_tokenizer(settings.model)
-        model = load(settings.model, fast=fast)
+        model = load(settings.model, quant=settings.quant)
+        check_pair(model.config, tokenizer)
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:

@@ -156,7 +156,7 @@ class Session:
 
         run = self.run
         self.fast = run.fast == "auto"
-        model = load(run.model, device="cpu", seed=run.seed, fast=self.fast, depth=depth)
+        model = load(run.model, device="cpu", seed=run.seed, fast=self.fast, depth=depth, quant=run.quant)
         check_pair(model.config, self.tokenizer)
         self.engine.compute_in(arithmetic.of_run(run, model, self.engine.device))
         new_tokens.set_moving(run, model)

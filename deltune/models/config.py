@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltune.config.fields import option
+from deltune.config.fields import Choice, option
 
 ATTENTION = ("auto", "segment", "sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,3 +47,36 @@ class ModelConfig:
     def recompute(self) -> str:
         """`gradient_checkpointing` by its name."""
         return {True: "full", False: "none"}.get(self.gradient_checkpointing, str(self.gradient_checkpointing))
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Weights as they are."""
+
+    name: str = option("none", "How the linear layers of a frozen base are stored.", choices=("none",))
+
+
+@dataclass(frozen=True)
+class EightBit(QuantConfig):
+    """A byte a value, one scale a row (LLM.int8(), arXiv:2208.07339)."""
+
+    name: str = option("int8", "How the linear layers of a frozen base are stored.", choices=("int8",))
+    compute_dtype: str = option("auto", "Type in which quantised layers compute; auto is that of the rest of the model, see engine.precision.", choices=DTYPES)
+    skip: list[str] = option([], "Linear layers that are not quantised beside the head, which never is: patterns of their names (* and ? match any text).")
+
+
+@dataclass(frozen=True)
+class FourBit(EightBit):
+    """Four bits a value: sixteen levels times a scale for each block (QLoRA, arXiv:2305.14314)."""
+
+    name: str = option("nf4", "How the linear layers of a frozen base are stored. nf4: levels at quantiles of a normal distribution; fp4: a sign, two bits of exponent, one of mantissa.", choices=("nf4", "fp4"))
+    double: bool = option(True, "Quantise the scales too: 0.52 bytes a value rather than 0.56.")
+    block_size: int = option(64, "Values that share a scale.", choices=(32, 64, 128, 256, 512, 1024, 2048, 4096))
+
+
+QUANTS = Choice(
+    "name",
+    {"none": QuantConfig, "nf4": FourBit, "fp4": FourBit, "int8": EightBit},
+    default="none",
+    help="Quantised base: linear layers stored in 4 or 8 bits while they are loaded. They stay frozen, so it takes an adapter.",
+)

@@ -6,19 +6,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from deltune import tables
 from deltune.errors import ModelError
 from deltune.log import logger
-from deltune.models import attention, recompute, vocabulary
+from deltune.models import attention, quantise, recompute
 from deltune.models import folder as folders
-from deltune.models.config import ModelConfig
-from deltune.models.folder import TOKENIZER_FILES
+from deltune.models.config import EightBit, ModelConfig, QuantConfig
 from deltune.weights import sha256_of, sync
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 
 def load(
-    config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0, fast: bool = True, depth: int | None = None
+    config: ModelConfig, *, device: torch.device | str = "cpu", seed: int = 0, fast: bool = True, depth: int | None = None,
+    quant: QuantConfig | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """The model in eval mode, all parameters trainable, on `device`.
 
     `seed` draws the weights of `start=random`, the same ones whatever was drawn before. Not `fast`: attention=auto is
     transformers' own choice. `depth` cuts it to so many of its lowest blocks with random weights, and opens no weight
-    file. Raises ModelError.
+    file. `quant` quantises each linear layer as it is read or drawn: such weights stay frozen. Raises ModelError.
     """
     where = f"model.path={config.path}"
     drawn = config.start == "random" or depth is not None
@@ -41,10 +42,9 @@ def load(
     if depth is not None:
         cut(architecture, depth)
     if drawn:
-        model = _draw(architecture, folder, config, where, seed)
+        model = _draw(architecture, folder, config, where, seed, _asked(quant))
     else:
-        model = _read(architecture, folder, config, where)
-    _lengthen(model, config)
+        model = _read(architecture, folder, config, where, _asked(quant))
     _choose_attention(model, config, where, fast)
     if config.recompute in ("selective", "full"):
         recompute.apply(model, config.recompute)
@@ -61,16 +61,36 @@ def cut(architecture: PretrainedConfig, depth: int) -> None:
     text.num_hidden_layers = depth
 
 
-def empty(config: ModelConfig, *, fast: bool = True) -> PreTrainedModel:
+def _asked(quant: QuantConfig | None) -> EightBit | None:
+    return quant if isinstance(quant, EightBit) else None
+
+
+def empty(config: ModelConfig, *, fast: bool = True, quant: QuantConfig | None = None) -> PreTrainedModel:
     """The model on the meta device: names, shapes and types without memory; no weight file is opened."""
     where = f"model.path={config.path}"
     folder = folders.find(config.path, config.revision, weights=False)
     architecture = read_config(folder, where)
     with torch.device("meta"):
         model = _from_config(architecture, config, where)
-    _lengthen(model, config)
+    if asked := _asked(quant):
+        quantise.on_meta(model, asked)
     _choose_attention(model, config, where, fast)
     return model
+
+
+def originals(config: ModelConfig) -> Callable[[str], Tensor] | None:
+    """What gives a linear layer's weight [out, in] by the layer's name, in the type that `load` would have it in and before
+    it would quantise it: read from the files when it is asked for. None for a random start, whose weights are in no file.
+
+    The function raises ModelError for a layer whose weight is not in the files as one tensor.
+    """
+    if config.start == "random":
+        return None
+    where = f"model.path={config.path}"
+    folder = folders.find(config.path, config.revision)
+    files = quantise.whereabouts(folders.weight_files(folder, where))
+    model = empty(config, fast=False)
+    return lambda name: quantise.from_files(model, name, files, where)
 
 
 def read_config(folder: Path, where: str) -> PretrainedConfig:
@@ -115,7 +135,7 @@ def read_config(folder: Path, where: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder)
 
 
-def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str) -> PreTrainedModel:
+def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str, quant: EightBit | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folders.weight_files(folder, where)
@@ -131,7 +151,10 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({} if quant is None else {"quantization_config": quantise.while_read(quant)}),
         )
+    if quant is not None:
+        info["mismatched_keys"].update(quantise.forget_reader(model))
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"], key=lambda item: item[0])[0]
         raise ModelError(
@@ -150,12 +173,17 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
     return model
 
 
-def _draw(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str, seed: int) -> PreTrainedModel:
+def _draw(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str, seed: int, quant: EightBit | None = None) -> PreTrainedModel:
     from transformers import GenerationConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _from_config(architecture, config, where)
+        if quant is None:
+            model = _from_config(architecture, config, where)
+        else:
+            with no_init_weights():
+                model = _from_config(architecture, config, where)
+            quantise.while_drawn(model, quant)
     if (folder / "generation_config.json").is_file():
         with blamed(f"{where}: generation_config.json does not load"):
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -17,6 +17,8 @@ from deltune.models.config import ModelConfig
 from deltune.optim.schedules import schedule as build_schedule
 
 if TYPE_CHECKING:
+    from deltune.engines.config import EngineConfig
+    from deltune.models.config import QuantConfig
     from deltune.settings.run import Run
     from deltune.training.config import TaskConfig
 
@@ -94,6 +96,21 @@ def model_rules(run: Run) -> Iterator[str]:
 def revision_rule(model: ModelConfig) -> Iterator[str]:
     if model.revision is not None and (model.path == "bundled" or os.path.isdir(model.path)):
         yield f"model.revision has no effect: model.path={model.path} is not a hub id"
+
+
+def quant_rules(run: Run) -> Iterator[str]:
+    if run.quant.name == "none":
+        return
+    if run.adapter is None:
+        yield "quant.name leaves nothing to train: codes have no gradient. Choose an adapter, or quant=none"
+    elif run.adapter.schedule.moves_base:
+        yield f"quant.name does not fit adapter.schedule.name={run.adapter.schedule.name}, which adds to the base's weights again and again: each time they would be rounded to codes anew. quant=none fits"
+    yield from compute_rule(run.quant, run.engine)
+
+
+def compute_rule(quant: QuantConfig, engine: EngineConfig) -> Iterator[str]:
+    if quant.name != "none" and quant.compute_dtype != "auto" and engine.precision in ("bf16", "fp16"):
+        yield f"quant.compute_dtype has no effect with engine.precision={engine.precision}: under autocast every product is formed in that type"
 
 
 def data_rules(run: Run) -> Iterator[str]:

@@ -13,7 +13,7 @@ from deltune.adapters.config import ADAPTERS, AdapterConfig, name_of
 from deltune.config.fields import choice, option, section
 from deltune.data.config import DataConfig, Source
 from deltune.engines.config import ENGINES, EngineConfig
-from deltune.models.config import ModelConfig
+from deltune.models.config import QUANTS, ModelConfig, QuantConfig
 from deltune.optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
 from deltune.settings.rules import (
     data_rules,
@@ -21,6 +21,7 @@ from deltune.settings.rules import (
     length_rules,
     model_rules,
     optimizer_rules,
+    quant_rules,
     record_rules,
 )
 from deltune.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
@@ -36,6 +37,7 @@ class Run:
     fast: str = option("auto", "auto computes attention, norms, loss and adapters in their fast forms wherever these are exact; off runs the plain ones.", choices=("auto", "off"))
     resume: str = option("auto", "Continue the run that is in the folder: if there is one; never (a run there is an error); must be there.", choices=("auto", "never", "must"))
     model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
+    quant: QuantConfig = choice(QUANTS)
     data: DataConfig = section(DataConfig, "Training and evaluation data.", primary="train")
     adapter: AdapterConfig | None = choice(ADAPTERS)
     optim: OptimConfig = choice(OPTIMIZERS)
@@ -75,5 +77,5 @@ class Run:
         return write(self.to_dict())
 
     def problems(self) -> list[str]:
-        rules = (length_rules, optimizer_rules, model_rules, data_rules, evaluation_rules, record_rules)
+        rules = (length_rules, optimizer_rules, model_rules, quant_rules, data_rules, evaluation_rules, record_rules)
         return [problem for rule in rules for problem in rule(self)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltune.config.fields import option, section
+from deltune.config.fields import choice, option, section
 from deltune.engines.config import Single
-from deltune.models.config import VOCABULARY, ModelConfig
-from deltune.settings.rules import changed, revision_rule
+from deltune.models.config import QUANTS, ModelConfig, QuantConfig
+from deltune.settings.rules import compute_rule, revision_rule
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,12 @@ class Trained:
 
     run: str | None = option(None, "A run's folder: model, adapter and the way prompts are written come from it.")
     model: ModelConfig = section(ModelConfig, "Base model.", primary="path")
+    quant: QuantConfig = choice(QUANTS)
     adapter: str | None = option(None, "Folder of an adapter, or of the run that made it; null uses the model as it is.")
     engine: Single = section(Single, "Device and precision.")
 
     def problems(self) -> list[str]:
-        found = list(revision_rule(self.model))
+        found = [*revision_rule(self.model), *compute_rule(self.quant, self.engine)]
         for key in ("enable", "disable", "gradient_checkpointing"):
             if getattr(self.model, key) not in ([], "auto"):
                 found.append(f"model.{key} has no effect: nothing is trained here")

@@ -96,6 +96,8 @@ def _fill_from_run(cls: type, stated: dict[str, Any], origins: dict[tuple[str, .
     taken["model"] |= {"enable": [], "disable": [], "gradient_checkpointing": "auto", "start": "pretrained"} | _vocabulary_of(run, folder)
     if run.result == "adapter" and run.model.start == "random":
         raise ConfigError(f"{label}: the run's base weights were drawn at random (model.start=random) and not kept, so its adapter fits nothing")
+    if "quant" not in stated:
+        taken["quant"] = asdict(run.quant)
     if run.result == "model":
         taken["model"] |= {"path": _only_if_there(folder / "model"), "revision": None}
     if cls is EvalSettings and not stated.get("task"):

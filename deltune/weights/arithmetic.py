@@ -100,10 +100,15 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 @torch.no_grad()
 def store_as(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> None:
-    """Round every floating parameter of a module to a type, one at a time; ties stay. Buffers, quantised weights, and
-    parameters in whose name one of `but` is a part, keep theirs."""
+    """Round every floating parameter of a module to a type, one at a time; ties stay. Buffers, and parameters in whose name
+    one of `but` is a part, keep theirs. Quantised weights keep their codes and give their values in that type."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not is_quantised(parameter) and not set(but) & set(name.split(".")):
+        if not parameter.is_floating_point() or set(but) & set(name.split(".")):
+            continue
+        if is_quantised(parameter):
+            owner, _, place = name.rpartition(".")
+            setattr(module.get_submodule(owner), place, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        else:
             parameter.data = parameter.data.to(dtype)
 
 

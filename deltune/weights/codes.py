@@ -75,6 +75,8 @@ def quantise_4bit(values: Tensor, kind: str, block_size: int) -> tuple[Tensor, T
     bound, code = _search(kind, device)
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(-(-n // block_size), device=device)
+    if values.is_meta:
+        return codes, scales
     for start in range(0, n, CHUNK_VALUES):  # a multiple of every block size
         chunk = values[start : start + CHUNK_VALUES].float()
         whole = chunk.numel() // block_size * block_size
@@ -136,6 +138,8 @@ def _points(device: torch.device) -> Tensor:
 def quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation: codes (uint8 [n]), the scale of each 256 of them (float32), and the mean that was taken off first."""
     mean = scales.mean()
+    if scales.is_meta:
+        return torch.empty_like(scales, dtype=torch.uint8), scales.new_empty(-(-scales.numel() // SCALES_BLOCK)), mean
     blocks = torch.nn.functional.pad(scales - mean, (0, -scales.numel() % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
     largest = blocks.abs().amax(1)
     scaled = blocks * torch.where(largest > 0, 1.0 / largest, 0.0)[:, None]
@@ -161,6 +165,8 @@ def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises DeltuneError for a value that is not finite.
     """
     largest = weight.abs().amax(1).float()
+    if weight.is_meta:
+        return torch.empty_like(weight, dtype=torch.int8), largest
     if not torch.isfinite(largest).all():
         raise DeltuneError("a weight to be quantised has values that are not finite")
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

@@ -100,9 +100,17 @@ class QuantisedTensor(Tensor):
                 if isinstance(written, QuantisedTensor):
                     raise _not_written(written, func.overloadpacket.__name__)
         if func in PRODUCTS and sum(isinstance(a, QuantisedTensor) for a in args) == 1:
-            return func(*(_for_a_product(a) if isinstance(a, QuantisedTensor) else a for a in args), **kwargs)
+            return _product(func, args, kwargs)
         args, kwargs = tree_map(lambda a: dequantised(a) if isinstance(a, QuantisedTensor) else a, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _product(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """A product with one quantised tensor, formed in that one's type and given in the other's."""
+    dtype = next(a.dtype for a in args if isinstance(a, QuantisedTensor))
+    given = next(a.dtype for a in args if isinstance(a, Tensor) and not isinstance(a, QuantisedTensor))
+    values = (_for_a_product(a) if isinstance(a, QuantisedTensor) else a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+    return func(*values, **kwargs).to(given)
 
 
 PARTS = ("codes", "scales", "scales_of_scales", "mean", "left", "right")
