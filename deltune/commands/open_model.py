@@ -36,8 +36,7 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
     engine = build(settings.engine)
     try:
         tokenizer = load_tokenizer(settings.model)
-        model = load(settings.model, quant=settings.quant)
-        check_pair(model.config, tokenizer)
+        model = load(settings.model, fast=fast, quant=settings.quant)
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:

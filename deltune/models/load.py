@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from deltune import tables
 from deltune.errors import ModelError
 from deltune.log import logger
-from deltune.models import attention, quantise, recompute
+from deltune.models import attention, quantise, recompute, vocabulary
 from deltune.models import folder as folders
 from deltune.models.config import EightBit, ModelConfig, QuantConfig
+from deltune.models.folder import TOKENIZER_FILES
 from deltune.weights import sha256_of, sync
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def load(
         model = _draw(architecture, folder, config, where, seed, _asked(quant))
     else:
         model = _read(architecture, folder, config, where, _asked(quant))
+    _lengthen(model, config)
     _choose_attention(model, config, where, fast)
     if config.recompute in ("selective", "full"):
         recompute.apply(model, config.recompute)
@@ -74,6 +77,7 @@ def empty(config: ModelConfig, *, fast: bool = True, quant: QuantConfig | None =
         model = _from_config(architecture, config, where)
     if asked := _asked(quant):
         quantise.on_meta(model, asked)
+    _lengthen(model, config)
     _choose_attention(model, config, where, fast)
     return model
 
@@ -175,6 +179,7 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
 
 def _draw(architecture: PretrainedConfig, folder: Path, config: ModelConfig, where: str, seed: int, quant: EightBit | None = None) -> PreTrainedModel:
     from transformers import GenerationConfig
+    from transformers.initialization import no_init_weights
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from deltune.config.fields import choice, option, section
 from deltune.engines.config import Single
-from deltune.models.config import QUANTS, ModelConfig, QuantConfig
-from deltune.settings.rules import compute_rule, revision_rule
+from deltune.models.config import QUANTS, VOCABULARY, ModelConfig, QuantConfig
+from deltune.settings.rules import changed, compute_rule, revision_rule
 
 
 @dataclass(frozen=True)
