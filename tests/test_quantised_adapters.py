@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from deltune import weights
 from deltune.adapters.adapted import Below
@@ -173,6 +174,33 @@ def test_a_start_is_taken_out_of_the_full_weight_which_is_rounded_once(method, b
     with disabled(model):
         base_answer = model(IDS)
     assert far(model(IDS), base_answer) <= METHODS[method].start  # nothing to the bit, or no more than on any base
+
+
+def test_a_layer_that_is_stored_turned_is_rounded_as_any_other():
+    conv = nn.Sequential(Conv1D(12, 16)).eval()
+    W = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    conv[0].weight = nn.Parameter(weights.quantise(W, "nf4").T, requires_grad=False)
+    linear = nn.Sequential(nn.Linear(16, 12)).eval()
+    linear[0].weight = nn.Parameter(weights.quantise(W, "nf4"), requires_grad=False)
+    nn.init.zeros_(linear[0].bias)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    for method in ("pissa", "dude", "loftq"):
+        config = named(method, targets=["0"], rank=4)
+        one, two = (shaken(attach(copy.deepcopy(model), config, originals=lambda name: W)) for model in (conv, linear))
+        assert torch.allclose(one(x), two(x), atol=1e-5)
+        assert same_parts(parts_of(detach(one)[0].weight.T), parts_of(linear[0].weight))
+
+
+def test_the_type_that_is_computed_in_does_not_change_how_a_layer_is_rounded(tmp_path):
+    model, W = taken("pissa")
+    save_adapter(shaken(model), tmp_path)
+    short, plain, _ = mixed("nf4")
+    short = mixed("nf4", torch.bfloat16)[0]
+    short.linear.weight = nn.Parameter(weights.quantise(W, "nf4", dtype=torch.bfloat16), requires_grad=False)
+    for place in ("embed", "conv", "norm", "lm_head"):
+        short.get_submodule(place).load_state_dict({name: t.bfloat16() for name, t in plain.get_submodule(place).state_dict().items()})
+    load_adapter(short, tmp_path, originals={"linear": W}.__getitem__)
+    assert same_parts(parts_of(short.linear.base_layer.weight), parts_of(model.linear.base_layer.weight))
 
 
 @residual

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltune import weights
 from deltune.adapters.adapted import Adapted
 from deltune.adapters.delta import Delta
+from deltune.adapters.layers import out_in
 from deltune.adapters.wrapper import original, wrappers
 from deltune.errors import AdapterError
 
@@ -29,11 +30,22 @@ def is_quantised(module: nn.Module) -> bool:
 
 def exact_weight(module: nn.Module, place: str, originals: Originals) -> Tensor:
     """W [out, in] before it was rounded, on the layer's device. Raises AdapterError if it is not that layer's."""
-    stored = original(module).weight
+    stored = stored_weight(module)
     W = originals(place)
     if W.shape != stored.shape:
         raise AdapterError(f"{place}: its weight before it was quantised is {list(W.shape)}, and the layer has {list(stored.shape)}: it is another model's")
     return W.to(stored.device)
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The codes of [out, in], whichever way the layer has its weight."""
+    layer = original(module)
+    return out_in(layer, layer.weight.detach())
+
+
+def _store(module: nn.Module, weight: Tensor) -> None:
+    layer = original(module)
+    layer.weight = nn.Parameter(out_in(layer, weight), requires_grad=False)
 
 
 @torch.no_grad()
@@ -42,19 +54,18 @@ def take_out(module: nn.Module, delta: Delta, W: Tensor) -> bool:
 
     A second start on the same layer is not taken out: it finds the layer as it is and changes nothing either way.
     """
-    layer, factors = original(module), delta.taken_out()
-    if factors is None or weights.held_beside(layer.weight) is not None:
+    stored, factors = stored_weight(module), delta.taken_out()
+    if factors is None or weights.held_beside(stored) is not None:
         return False
     left, right, scale = factors
-    layer.weight = nn.Parameter(weights.quantised_beside(layer.weight, W, left * scale, right), requires_grad=False)
+    _store(module, weights.quantised_beside(stored, W, left * scale, right))
     return True
 
 
 @torch.no_grad()
 def put_back(module: nn.Module, W: Tensor) -> None:
     """Have a quantised layer hold Q(W) again, as it was loaded."""
-    layer = original(module)
-    layer.weight = nn.Parameter(weights.quantised_like(layer.weight, W), requires_grad=False)
+    _store(module, weights.quantised_like(stored_weight(module), W))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
     from deltune.adapters.files import load_adapter
     from deltune.commands.arithmetic import of_use
     from deltune.engines.build import build
-    from deltune.models.load import check_pair, load, load_tokenizer
+    from deltune.models.load import check_pair, load, load_tokenizer, originals
 
     engine = build(settings.engine)
     try:
@@ -40,7 +40,7 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:
-            load_adapter(model, settings.adapter)
+            load_adapter(model, settings.adapter, originals=None if settings.quant.name == "none" else originals(settings.model))
         check_pair(model.config, tokenizer)  # after the adapter, which may bring tokens
         model.requires_grad_(False)
         yield Opened(engine.place(model), tokenizer, engine)

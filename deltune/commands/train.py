@@ -151,6 +151,7 @@ class Session:
         from deltune.commands import arithmetic, fast, new_tokens
         from deltune.commands.batching import of_run
         from deltune.models.head import described
+        from deltune.models.kbit import told
         from deltune.models.load import check_pair, load
         from deltune.models.select import parameter_table
 
@@ -169,6 +170,8 @@ class Session:
             for line in fast.put(self.model, adapted=run.adapter is not None):
                 logger.info("%s", line)
         self.parameter_table = parameter_table(self.model)
+        for line in told(self.model):
+            logger.info("%s", line)
         self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
         self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
@@ -255,6 +258,10 @@ class Session:
             self.before = self.measure_before()
         randomness.seed_all(run.seed + dist.rank())
         complaints = loop.resume()
+        if run.quant.name != "none":
+            from deltune.adapters.quantised import follow_starts
+
+            follow_starts(self.model)
         if not fresh:
             self.before = json.loads(before_file.read_text(encoding="utf-8"))
         if run.resume == "must" and loop.progress.step == 0:

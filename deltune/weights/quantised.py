@@ -30,7 +30,7 @@ class QuantisedTensor(Tensor):
     `dtype` is the type in which its values are given. `codes`: uint8 [⌈out · in / 2⌉], two a byte, or int8 [out, in];
     `scales`: float32, one a block (int8: one a row), or with double quantisation uint8 codes, with `scales_of_scales`
     float32, one for 256 of them, and their `mean` float32 []. `transposed`: the weight is that of `stored_shape`, turned.
-    `left` [out, r] and `right` [r, in], in `dtype`: a product that is part of the weight and was never rounded to codes.
+    `left` [out, r] and `right` [r, in], float32: a product that is part of the weight and was never rounded to codes.
     """
 
     kind: str
@@ -194,13 +194,12 @@ def quantised_like(tensor: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantised_beside(tensor: Tensor, values: Tensor, left: Tensor, right: Tensor) -> QuantisedTensor:
-    """`values` [out, in] as left [out, r] @ right [r, in], kept beside in the tensor's type, and the rest, which alone is
-    quantised, in the tensor's way. The sum of both is what the new tensor's values are."""
+    """`values` [out, in] as left [out, r] @ right [r, in], kept beside in float32, and the rest, which alone is quantised, in
+    the tensor's way. The sum of both is what the new tensor's values are."""
     if not isinstance(tensor, QuantisedTensor) or tensor.transposed:
         raise DeltuneError("only a weight that is stored quantised, as it is stored, can have a product beside it")
-    left, right = (side.detach().to(tensor.device, tensor.dtype).contiguous() for side in (left, right))
-    wide = torch.promote_types(values.dtype, torch.float32)
-    rest = quantised_like(tensor, torch.addmm(values.to(tensor.device, wide), left.to(wide), right.to(wide), alpha=-1))
+    left, right = (side.detach().to(tensor.device, torch.float32).contiguous() for side in (left, right))
+    rest = quantised_like(tensor, torch.addmm(values.to(tensor.device, torch.float32), left, right, alpha=-1))
     return QuantisedTensor(rest.parts() | {"left": left, "right": right}, **rest.__tensor_flatten__()[1])
 
 
@@ -248,7 +247,7 @@ def _scales(tensor: QuantisedTensor, first: int = 0, last: int | None = None) ->
 @torch.no_grad()
 def _rows(tensor: QuantisedTensor, start: int, stop: int) -> Tensor:
     rows = _coded_rows(tensor, start, stop)
-    return rows if tensor.left is None else rows.addmm_(tensor.left[start:stop], tensor.right)
+    return rows if tensor.left is None else rows.addmm_(tensor.left[start:stop].to(rows.dtype), tensor.right.to(rows.dtype))
 
 
 def _coded_rows(tensor: QuantisedTensor, start: int, stop: int) -> Tensor:

@@ -21,4 +21,4 @@ class Rounding(NamedTuple):
 
 def rounding_of(tensor: Tensor) -> Rounding | None:
     """That of a quantised weight; None of a plain one."""
-    return Rounding(tensor.kind, tensor.block_size, tensor.double) if isinstance(tensor, QuantisedTensor) else None
+    return Rounding(tensor.kind, tensor.block_size, tensor.nested) if isinstance(tensor, QuantisedTensor) else None

@@ -64,14 +64,10 @@ def identity(model: nn.Module, *, without: Collection[str] = ()) -> dict[str, An
     }
 
 
-def _short_digest(tensor: Tensor) -> str:
-    """Of a sample of a quantised weight's values, in a type in which devices that round their last digits apart agree."""
-    rows, columns = tensor.shape
-    count = min(SAMPLES, rows * columns)
-    places = torch.arange(count, dtype=torch.int64, device=tensor.device) * STRIDE % (rows * columns)
-    values = weights.dequantised(tensor[places // columns], torch.float32)
-    sample = values[torch.arange(count, device=tensor.device), places % columns].cpu()
-    return _digest([sample], torch.bfloat16)[:16]
+def _short_digest(tensor: weights.QuantisedTensor) -> str:
+    """Of a sample of a quantised weight's codes, which are the same whatever type it is computed in."""
+    form = f"{tensor.kind} {tensor.block_size} {tensor.nested} ".encode()
+    return hashlib.sha256(form + _sample(tensor.codes).numpy().tobytes()).hexdigest()[:16]
 
 
 def _sample(tensor: Tensor) -> Tensor:
