@@ -16,6 +16,7 @@ from deltune.errors import ConfigError, DeltuneError, Interrupted
 VERBS: dict[str, tuple[str, str | None]] = {
     "train": ("fine-tune or pretrain a model", "Run"),
     "eval": ("loss, perplexity, token accuracy and exact match on data", "EvalSettings"),
+    "score": ("scores of answers that are there already, and paired comparisons", "ScoreSettings"),
     "ratings": ("what a judge's reviews of pairs of answers say of the systems", "RatingsSettings"),
     "generate": ("answer one prompt, or a file of them", "GenerateSettings"),
     "chat": ("talk to a model", "ChatSettings"),

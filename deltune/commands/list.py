@@ -64,6 +64,7 @@ states every key and reruns it. `deltune preview` takes a training config as wel
 VERBS_OF_PAGE = (
     ("deltune train, deltune plan", settings.Run, ()),
     ("deltune eval", settings.EvalSettings, ("model", "data", "engine")),
+    ("deltune score", settings.ScoreSettings, ()),
     ("deltune ratings", settings.RatingsSettings, ()),
     ("deltune generate", settings.GenerateSettings, ("model", "engine")),
     ("deltune chat", settings.ChatSettings, ("model", "engine")),

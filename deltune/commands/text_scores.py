@@ -48,9 +48,10 @@ def score_table(lines: Sequence[tuple[str, str, float, float, float, int]]) -> s
     return columns(cells, left=2)
 
 
-def number(name: str, value: float) -> str:
+def number(name: str, value: float, *, signed: bool = False) -> str:
     """Shares in percent; BLEU is on a scale of 100 already."""
-    return f"{value:.2f}" if name == "bleu" else f"{value:.2%}"
+    sign = "+" if signed else ""
+    return f"{value:{sign}.2f}" if name == "bleu" else f"{value:{sign}.2%}"
 
 
 def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

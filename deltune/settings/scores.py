@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltune.config.fields import option
+from deltune.settings.evaluation import TEXT_METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Answers that are there already, scored, and compared item by item with others to the same questions."""
+
+    predictions: str = option(help="JSON lines, or a folder that `eval` wrote: prediction with reference or references; or correct; or ranked with gold.")
+    metrics: list[str] = option([], "Metrics of texts; without any exact_match, normalised_match and f1.", choices=TEXT_METRICS)
+    language: str = option("auto", "How bleu and rouge split texts; auto is zh where most letters of the references are Chinese.", choices=("auto", "en", "zh"))
+    against: str | None = option(None, "Other answers to the same items: differences, each with its interval and a paired test.")
+    out: str | None = option(None, "JSON file for the scores.")
 
 
 @dataclass(frozen=True, kw_only=True)
