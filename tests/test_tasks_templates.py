@@ -67,6 +67,12 @@ def test_whole_choices_are_compared_without_being_listed():
     assert options(ITEM, plain, "likelihood") == [" red", " {blue}"]
 
 
+def test_an_empty_choice_is_the_end_of_its_line():
+    item = Item("t:8", "", "", "q", ("x", "", " "), 1)
+    assert options(item, TEMPLATES["plain"], "likelihood") == [" x", "\n", "\n"]
+    assert options(item, TEMPLATES["panda-zh"], "likelihood") == ["x", "\n", "\n"]
+
+
 def test_alpacas_frame_is_the_one_that_training_uses():
     text = prompt(ITEM, TEMPLATES["alpaca"], [], "letters")
     inner = PLAIN.removesuffix("\nAnswer:")

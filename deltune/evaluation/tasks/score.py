@@ -69,14 +69,17 @@ class Node:
 def score(
     model: nn.Module, requests: Sequence[Request], *, head: Head | None = None, batch: int = 8, share: bool | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, work: Work | None = None,
+    greedy: list[list[bool]] | None = None,
 ) -> list[list[float]]:  # fmt: skip
     """Σ log p(token) of each option after its prompt, in nats.
 
     `batch` bounds memory: a forward pass holds no more than so many rows of the longest prompt would. `share` is found out
-    if it is None (`shares`). `work` is added to. Modes and random state are as before afterwards.
+    if it is None (`shares`). `work` is added to; `greedy` gets whether each option's tokens are the most probable ones
+    throughout. Modes and random state are as before afterwards.
     """
     rows, slots = _rows(requests)
     sums = np.zeros(sum(len(request.options) for request in requests))
+    missed = np.zeros(len(sums), dtype=np.int64)
     if work is not None:
         work.asked += sum(len(request.prompt) + len(option) - 1 for request in requests for option in request.options)
     with inference(model), undisturbed_random(model), autocast():
@@ -84,7 +87,10 @@ def score(
             share = shares(model)
         tree = _tree(rows, slots, WORTH if share else None)
         budget = batch * max((len(row) for row in rows), default=0)
-        _Runner(model, head, budget, sums, work or Work()).run(tree)
+        _Runner(model, head, budget, sums, missed, work or Work()).run(tree)
+    if greedy is not None:
+        found = iter((missed == 0).tolist())
+        greedy += [list(itertools.islice(found, len(request.options))) for request in requests]
     values = iter(sums.tolist())
     return [list(itertools.islice(values, len(request.options))) for request in requests]
 
@@ -150,8 +156,8 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 class _Runner:
-    def __init__(self, model: nn.Module, head: Head | None, budget: int, sums: np.ndarray, work: Work):
-        self.model, self.head, self.budget, self.sums, self.work = model, head, budget, sums, work
+    def __init__(self, model: nn.Module, head: Head | None, budget: int, sums: np.ndarray, missed: np.ndarray, work: Work):
+        self.model, self.head, self.budget, self.sums, self.missed, self.work = model, head, budget, sums, missed, work
         self.device = next(model.parameters()).device
         self.windows = any(layer.is_sliding for layer in new_cache(model).layers)
 
@@ -193,8 +199,10 @@ class _Runner:
             inputs |= {"past_key_values": cache, "use_cache": True}
         wanted = [(row * longest + position - start, token, slot) for row, node in enumerate(nodes) for position, token, slot in node.wanted]
         places, targets = (torch.tensor([want[i] for want in wanted], dtype=torch.long, device=self.device) for i in (0, 1))
-        losses, _ = scores(self.model, self.head, inputs, places, targets)
-        np.subtract.at(self.sums, [slot for _, _, slot in wanted], losses.double().cpu().numpy())
+        losses, hits = scores(self.model, self.head, inputs, places, targets)
+        slots = [slot for _, _, slot in wanted]
+        np.subtract.at(self.sums, slots, losses.double().cpu().numpy())
+        np.add.at(self.missed, slots, (~hits).cpu().numpy())
         for row, node in enumerate(nodes):
             if node.children:
                 node.cache = row_of(cache, row, longest - node.length)

@@ -246,14 +246,14 @@ def prompt(item: Item, template: Template, shots: Sequence[Item], protocol: str)
 def options(item: Item, template: Template, protocol: str) -> list[str]:
     """The texts whose likelihood is compared, each with the space that belongs before it: labels, or whole choices.
 
-    A few released rows have empty choices; such an option has no tokens of its own and must never win for that.
+    A few released rows have empty choices; what such a one says is the end of its line, so that it has a likelihood too.
     ConfigError for an open question, which has nothing to compare.
     """
     if not item.choices:
         raise ConfigError(f"{item.id} has no choices, so nothing can be compared. What fits: protocol=generation.")
     texts = item.choices if protocol == "likelihood" else [label_of(item, template, i) for i in range(len(item.choices))]
     space = "" if template.frame.endswith("\n") else template.space
-    return [space + text for text in texts]
+    return [space + text if text.strip() else "\n" for text in texts]
 
 
 def shots_for(item: Item, pool: Sequence[Item], k: int, seed: int) -> list[Item]:
