@@ -96,6 +96,8 @@ def survey(config: DataConfig, tokenizer: Any) -> Survey:
 
 def _sampled(config: DataConfig, tokenizer: Any) -> Survey:
     """In proportion to the first rows of each source."""
+    from deltune.data.mix import Task, visits
+
     looked_at = [_look(entry, config, tokenizer, "data.train") for entry in config.train]
     left = config.read_nums
     for look in looked_at:  # a limit counts rows from the first source on
@@ -105,7 +107,10 @@ def _sampled(config: DataConfig, tokenizer: Any) -> Survey:
     num_rows = sum(look.num_rows for look in looked_at)
     held_out = config.eval_size if config.eval_size < 1 else min(1.0, config.eval_size / num_rows)
     evaluation = [_look(entry, config, tokenizer, "data.eval") for entry in config.eval]
-    chance = np.concatenate([np.full(len(look.lengths), look.examples * look.weight / len(look.lengths)) for look in looked_at])
+    # the tasks of data.mix_by are not known from the first rows: sources are then weighed alone
+    known = config if config.mix_by is None else replace(config, mix_by=None, mix_cap=None, mix_temperature=1.0)
+    per_epoch = visits([Task(i, "", look.examples) for i, look in enumerate(looked_at)], [look.weight for look in looked_at], known)
+    chance = np.concatenate([np.full(len(look.lengths), n / len(look.lengths)) for look, n in zip(looked_at, per_epoch, strict=True)])
     lengths = np.concatenate([look.lengths for look in looked_at])
     num_evaluation = sum(look.examples for look in evaluation) + held_out * sum(look.examples for look in looked_at)
     tested = np.concatenate([look.lengths for look in evaluation]) if evaluation else lengths

@@ -25,7 +25,7 @@ from deltune.data.dataset import ARRAYS, Counts, Part, PartWriter, Reject, part
 from deltune.data.read import File
 from deltune.log import logger
 
-VERSION = 1  # of how rows become tokens; a change of any rule in this room that changes tokens or counts raises it
+VERSION = 2  # of how rows become tokens; a change of any rule in this room that changes tokens or counts raises it
 
 # fills a writer and says what became of the rows
 Build = Callable[[PartWriter], tuple[Counts, list[Reject]]]
@@ -66,7 +66,7 @@ def _in_memory(file: File, build: Build) -> Part:
     writer = PartWriter()
     counts, rejects = build(writer)
     writer.flush()
-    return part(file, writer.arrays(), counts, rejects, writer.digest())
+    return part(file, writer.arrays(), writer.tasks(), counts, rejects, writer.digest())
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _fill(place: Path, build: Build) -> None:
             os.fsync(stream.fileno())
     finally:
         writer.close()
-    about = {"counts": asdict(counts), "rejects": [list(r) for r in rejects], "digest": writer.digest()}
+    about = {"tasks": writer.tasks(), "counts": asdict(counts), "rejects": [list(r) for r in rejects], "digest": writer.digest()}
     body = json.dumps(about, default=str).encode()
     _write(place / "about.json", body)
     hashes = writer.hashes() | {"about.json": hashlib.sha256(body).hexdigest()}
@@ -150,7 +150,7 @@ def _load(place: Path, file: File) -> Part | None:
         return None
     about = json.loads((place / "about.json").read_bytes())
     arrays = {name: _mapped(place / name, dtype) for name, dtype in ARRAYS.items()}
-    return part(file, arrays, Counts(**about["counts"]), [Reject(*r) for r in about["rejects"]], about["digest"])
+    return part(file, arrays, about["tasks"], Counts(**about["counts"]), [Reject(*r) for r in about["rejects"]], about["digest"])
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

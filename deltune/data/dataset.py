@@ -15,8 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from deltune.data.config import DataConfig
+from deltune.data.mix import Task, shown, visits
 from deltune.data.order import Group
 from deltune.data.read import File
+from deltune.log import logger
 
 IGNORED = -100  # the label of a token that is not trained
 
@@ -73,6 +76,7 @@ ARRAYS: dict[str, np.dtype] = {
     "offsets.bin": np.dtype("<i8"),  # [examples + 1], where examples start in the two above
     "counts.bin": np.dtype("<i4"),  # [examples], trained tokens
     "numbers.bin": np.dtype("<i8"),  # [examples], line or index of the row
+    "tasks.bin": np.dtype("<i4"),  # [examples], place of the row's task in `tasks`
 }
 
 
@@ -86,6 +90,8 @@ class Part:
     offsets: np.ndarray
     num_trained: np.ndarray
     numbers: np.ndarray
+    task_of: np.ndarray
+    tasks: list[str]  # values of data.mix_by, in the order in which they were met; [""] without it
     counts: Counts
     rejects: list[Reject]
     digest: str  # sha256 of tokens and labels
@@ -108,7 +114,8 @@ class PartWriter:
             for name in ARRAYS
         }
         self._hashes = {name: hashlib.sha256() for name in ARRAYS}
-        self._waiting: list[tuple[np.ndarray, np.ndarray, int]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray, int, int]] = []
+        self._tasks: dict[str, int] = {}
         self._end = 0
         self._put("offsets.bin", np.zeros(1))
 
@@ -117,9 +124,9 @@ class PartWriter:
         self._streams[name].write(data)
         self._hashes[name].update(data)
 
-    def add(self, ids: np.ndarray, trained: np.ndarray, number: int) -> None:
-        """An example: its tokens, which of them are trained, its row."""
-        self._waiting.append((ids, trained, number))
+    def add(self, ids: np.ndarray, trained: np.ndarray, number: int, task: str) -> None:
+        """An example: its tokens, which of them are trained, its row, the row's task."""
+        self._waiting.append((ids, trained, number, self._tasks.setdefault(task, len(self._tasks))))
         if len(self._waiting) >= 1024:
             self.flush()
 
@@ -127,7 +134,7 @@ class PartWriter:
         """Hand on what waits; call it after the last example."""
         if not self._waiting:
             return
-        ids, trained, numbers = zip(*self._waiting, strict=True)
+        ids, trained, numbers, tasks = zip(*self._waiting, strict=True)
         self._waiting.clear()
         ends = self._end + np.cumsum([len(x) for x in ids])
         self._put("ids.bin", np.concatenate(ids))
@@ -135,10 +142,14 @@ class PartWriter:
         self._put("offsets.bin", ends)
         self._put("counts.bin", np.array([int(x.sum()) for x in trained]))
         self._put("numbers.bin", np.array(numbers))
+        self._put("tasks.bin", np.array(tasks))
         self._end = int(ends[-1])
 
     def digest(self) -> str:
         return hashlib.sha256("".join(self._hashes[name].hexdigest() for name in list(ARRAYS)[:3]).encode()).hexdigest()
+
+    def tasks(self) -> list[str]:
+        return list(self._tasks)
 
     def hashes(self) -> dict[str, str]:
         return {name: h.hexdigest() for name, h in self._hashes.items()}
@@ -155,7 +166,7 @@ class PartWriter:
         return {name: np.frombuffer(self._streams[name].getvalue(), dtype) for name, dtype in ARRAYS.items()}  # type: ignore[attr-defined]
 
 
-def part(file: File, arrays: dict[str, np.ndarray], counts: Counts, rejects: list[Reject], digest: str) -> Part:
+def part(file: File, arrays: dict[str, np.ndarray], tasks: list[str], counts: Counts, rejects: list[Reject], digest: str) -> Part:
     return Part(
         file=file,
         ids=arrays["ids.bin"],
@@ -163,6 +174,8 @@ def part(file: File, arrays: dict[str, np.ndarray], counts: Counts, rejects: lis
         offsets=arrays["offsets.bin"],
         num_trained=arrays["counts.bin"],
         numbers=arrays["numbers.bin"],
+        task_of=arrays["tasks.bin"],
+        tasks=tasks,
         counts=counts,
         rejects=rejects,
         digest=digest,
@@ -219,6 +232,28 @@ class Dataset:
         if self._selection is not None:
             h.update(np.ascontiguousarray(self._selection, dtype="<i8").tobytes())
         return h.hexdigest()
+
+    def mixed(self, config: DataConfig, weights: Sequence[float]) -> Dataset:
+        """The same examples with those of a task next to each other, each task a group as data.mix_* and data.weights
+        say. `weights` are those of the groups, which are the sources."""
+        names = sorted({name for p in self.parts for name in p.tasks})
+        places = {name: i for i, name in enumerate(names)}
+        codes = self._selected(np.concatenate([np.array([places[n] for n in p.tasks], dtype=np.int64)[p.task_of] for p in self.parts]))
+        tasks, found = list[Task](), list[np.ndarray]()
+        for source, group in enumerate(self.groups):
+            mine = codes[group.start : group.stop]
+            for code in np.unique(mine):
+                found.append(group.start + np.flatnonzero(mine == code))
+                tasks.append(Task(source, names[code], len(found[-1])))
+        num_visits = visits(tasks, weights, config)
+        logger.info("an epoch visits %s", shown(tasks, num_visits, [group.name for group in self.groups]))
+        ends = np.cumsum([len(indices) for indices in found])
+        groups = [
+            Group(f"{self.groups[t.source].name}/{t.name}" if t.name else self.groups[t.source].name, int(end) - int(t.num_rows), int(end), n / t.num_rows)
+            for t, end, n in zip(tasks, ends, num_visits, strict=True)
+        ]
+        indices = np.concatenate(found)
+        return Dataset(self.parts, groups, indices if self._selection is None else self._selection[indices])
 
     def subset(self, indices: np.ndarray) -> Dataset:
         """The examples at these ascending indices, without copying them."""

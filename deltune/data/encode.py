@@ -30,7 +30,7 @@ DOCUMENT_SPLIT = "a text longer than data.max_length was split into several exam
 # the settings that decide what tokens a row becomes, its schema and template apart
 ENCODING = (
     "mode", "system", "meta_prompt", "prefix", "postfix", "max_length", "max_source_length", "max_target_length",
-    "overlong", "train_on_source", "turns",
+    "overlong", "train_on_source", "turns", "mix_by",
 )  # fmt: skip
 
 

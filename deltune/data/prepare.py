@@ -18,6 +18,7 @@ from deltune.data.dataset import Counts, Dataset, Part, PartWriter, Reject
 from deltune.data.detect import FIRST_ROWS, detect
 from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import DOCUMENTS, Schema
+from deltune.data.mix import mixes, problems
 from deltune.data.order import HELD_OUT, Group, Permutation, key
 from deltune.data.read import File, Record, read
 from deltune.data.rows import LOOK_AHEAD, SHOWN, RejectLog, count, outcomes, refusal, stops, warn
@@ -97,10 +98,11 @@ def prepare(config: DataConfig, tokenizer: Any, *, folder: Path | None = None) -
     Raises DataError for files, rows and settings that cannot be used, and where no token at all would be trained.
     """
     _check(config)
+    unmixed = replace(config, mix_by=None)  # what is evaluated on is seen once, whatever its task
     writes = folder is not None and dist.is_main()
     train_log, eval_log = (RejectLog(folder / name if writes else None) for name in ("rejects.jsonl", "rejects-eval.jsonl"))  # type: ignore[operator]
     train_sources = [_open(s, config, tokenizer) for s in resolve(config.train, "data.train")]
-    eval_sources = [_open(s, config, tokenizer) for s in resolve(config.eval, "data.eval")]
+    eval_sources = [_open(s, unmixed, tokenizer) for s in resolve(config.eval, "data.eval")]
     if config.streaming:
         train: Dataset | Stream = Stream(
             [StreamSource(s.files, s.schema, s.encoder, s.report.counts) for s in train_sources], config, train_log
@@ -110,11 +112,13 @@ def prepare(config: DataConfig, tokenizer: Any, *, folder: Path | None = None) -
         train, report = _dataset(train_sources, config, tokenizer, config.read_nums, "data.train", train_log)
     evaluation = None
     if eval_sources:
-        evaluation, report.evaluation = _dataset(eval_sources, config, tokenizer, config.eval_read_nums, "data.eval", eval_log)
+        evaluation, report.evaluation = _dataset(eval_sources, unmixed, tokenizer, config.eval_read_nums, "data.eval", eval_log)
         if isinstance(train, Dataset):
             _warn_of_shared_files(train, evaluation)
     elif config.eval_size and isinstance(train, Dataset):
         train, evaluation = _hold_out(train, config, report)
+    if isinstance(train, Dataset) and mixes(config):
+        train = train.mixed(config, [s.report.weight for s in train_sources])
     return Prepared(train, evaluation, report)
 
 
@@ -130,6 +134,8 @@ def _check(config: DataConfig) -> None:
         raise DataError("data.eval_size needs all rows at hand, which data.streaming does not have; name data.eval")
     if config.streaming and config.batching == "grouped":
         raise DataError("data.batching=grouped needs all lengths at hand, which data.streaming does not have")
+    for problem in problems(config):
+        raise DataError(problem)
     if config.mode == "pretrain":
         given = [name for name in ("max_source_length", "max_target_length", "train_on_source") if getattr(config, name)]
         for name in [*given, *(["turns"] if config.turns != "all" else [])]:
@@ -231,7 +237,7 @@ def _encode(source: _Source, file: File, config: DataConfig, limit: int | None, 
                 stop_at = counts.rows + LOOK_AHEAD
         elif stop_at is None:
             for example in outcome.examples:
-                writer.add(example.ids, example.trained, outcome.number)
+                writer.add(example.ids, example.trained, outcome.number, outcome.task)
         if stop_at is not None and (counts.rows >= stop_at or len(rejects) >= SHOWN):
             break
         if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:

@@ -14,6 +14,7 @@ from deltune.data.conversation import BadRow, Conversation
 from deltune.data.dataset import Counts, Reject
 from deltune.data.encode import Encoded, Encoder, Overlong
 from deltune.data.formats import Schema
+from deltune.data.mix import task_of
 from deltune.data.read import Cursor, File, Record
 from deltune.errors import DataError
 from deltune.log import logger
@@ -31,13 +32,14 @@ class Outcome(NamedTuple):
     reject: Reject | None
     notes: set[str]
     after: Cursor
+    task: str = ""
 
 
 def outcomes(records: Iterable[Record], schema: Schema, encoder: Encoder) -> Iterator[Outcome]:
     """The outcome of every record, in order; rows are tokenised some hundred at a time."""
     remaining = iter(records)
     while batch := list(islice(remaining, BATCH_ROWS)):
-        parsed = [_parse(record, schema) for record in batch]
+        parsed = [_parse(record, schema, encoder.config.mix_by) for record in batch]
         encoded = iter(encoder.encode([p for p in parsed if not isinstance(p, BadRow)]))
         for record, conversations in zip(batch, parsed, strict=True):
             result, notes = (conversations, set[str]()) if isinstance(conversations, BadRow) else next(encoded)
@@ -45,13 +47,14 @@ def outcomes(records: Iterable[Record], schema: Schema, encoder: Encoder) -> Ite
                 reject = Reject(record.number, str(result), isinstance(result, Overlong), record.value)
                 yield Outcome(record.number, [], reject, set(), record.after)
             else:
-                yield Outcome(record.number, result, None, notes, record.after)
+                yield Outcome(record.number, result, None, notes, record.after, task_of(record.value, encoder.config.mix_by))
 
 
-def _parse(record: Record, schema: Schema) -> tuple[Conversation, ...] | BadRow:
+def _parse(record: Record, schema: Schema, mix_by: str | None) -> tuple[Conversation, ...] | BadRow:
     if record.fault:
         return BadRow(record.fault)
     try:
+        task_of(record.value, mix_by)
         return schema.conversations(record.value)
     except BadRow as e:
         return e

@@ -2,7 +2,8 @@
 
 A block is so many rows in reading order; its examples are shuffled by a function of (seed, epoch, block). To resume,
 the block is read once more, from the byte where it began. Several sources are read one after another in file order;
-with shuffling they are interleaved in proportion to their size and weight, so that a block is a mixture.
+with shuffling they are interleaved in proportion to their size and weight, so that a block is a mixture. Where tasks are
+mixed (see mix.py) all rows are counted once before, and every pass over a source leaves out its share of each task.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +22,19 @@ import numpy as np
 
 from deltune.data.bins import best_fit, dealt, too_long
 from deltune.data.config import DataConfig
+from deltune.data.conversation import BadRow
 from deltune.data.dataset import Counts, Example, Reject, labels
 from deltune.data.encode import ENCODING, Encoder, tokenizer_digest
 from deltune.data.formats import Schema
+from deltune.data.mix import Task, mixes, shown, task_of, visits
 from deltune.data.order import BATCHES, BLOCK, ROW, Permutation, key
 from deltune.data.read import Cursor, File, Record, read
 from deltune.data.rows import RejectLog, count, outcomes, refusal, stops, warn
 from deltune.data.sources import SourceFiles
 from deltune.errors import DataError
+from deltune.log import logger
 
-_READING = ("shuffle", "stream_block", "seed", "read_nums")  # the settings that decide which row comes when
+_READING = ("shuffle", "stream_block", "seed", "read_nums", "weights", "mix_cap", "mix_temperature")  # the settings that decide which row comes when
 
 
 @dataclass
@@ -54,14 +59,53 @@ class _Place:
     done: bool = False
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an epoch reads of a source."""
+
+    passes: float  # over all its files
+    rate: float  # of its rows among those of all sources
+    kept: Mapping[str | None, float]  # task -> share of its rows that a pass gives; all of those that are not named
+
+
+def plans(sources: Sequence[StreamSource], config: DataConfig) -> list[Plan]:
+    """The plan of each source. Where tasks are mixed, counts all rows first; else what is known beforehand is enough."""
+    weights = [source.files.source.weight for source in sources]
+    if not mixes(config):
+        return [Plan(weight, weight * source.files.size, {}) for weight, source in zip(weights, sources, strict=True)]
+    tasks = list[Task]()
+    for index, source in enumerate(sources):
+        logger.info("counting the rows of %s", source.files.name)
+        found = Counter(
+            task_or_none(record, config.mix_by) for file in source.files.files for record in source.schema.gathered(read(file))
+        )
+        tasks += [Task(index, name, num_rows) for name, num_rows in sorted(found.items(), key=str) if name is not None]
+    num_visits = visits(tasks, weights, config)
+    logger.info("an epoch visits %s", shown(tasks, num_visits, [source.files.name for source in sources]))
+    result = []
+    for index in range(len(sources)):
+        times = {task.name: n / task.num_rows for task, n in zip(tasks, num_visits, strict=True) if task.source == index}
+        passes = max(times.values(), default=0.0)
+        total = sum(n for task, n in zip(tasks, num_visits, strict=True) if task.source == index)
+        result.append(Plan(passes, total or 1.0, {name: t / passes for name, t in times.items()}))
+    return result
+
+
+def task_or_none(record: Record, column: str | None) -> str | None:
+    """The task of a row; None of one that cannot be used, which is then met once in a pass and refused."""
+    try:
+        return None if record.fault else task_of(record.value, column)
+    except BadRow:
+        return None
+
+
 class _Reader:
     """Rows of one source, in order, from a place on."""
 
-    def __init__(self, source: StreamSource, index: int, seed: int):
-        self.source, self.index, self.seed = source, index, seed
-        weight = source.files.source.weight
-        self.num_full, self.part = int(weight), weight - int(weight)
-        self.rate = weight * source.files.size
+    def __init__(self, source: StreamSource, index: int, plan: Plan, config: DataConfig):
+        self.source, self.index, self.seed, self.mix_by = source, index, config.seed, config.mix_by
+        self.plan = plan
+        self.num_full, self.part = int(plan.passes), plan.passes - int(plan.passes)
         self.place, self.epoch = _Place(), 0
         self._records: Iterator[Record] | None = None
 
@@ -85,16 +129,21 @@ class _Reader:
                     self._records, place.file, place.offset, place.number = None, place.file + 1, 0, 0
                     continue
                 place.offset, place.number = record.after
-                if place.turn < self.num_full or self._in_part(place.file, record.number):
+                if self._given(record):
                     place.taken += 1
                     return file, record
         return None
 
-    def _in_part(self, file: int, number: int) -> bool:
-        """Whether a row belongs to this epoch's share of the last pass: rows have a place on a circle, drawn once, and
-        the share moves around it from epoch to epoch."""
-        place = key(self.seed, ROW, self.index, file, number) / 2**64
-        return (place - self.epoch * self.part) % 1.0 < self.part
+    def _given(self, record: Record) -> bool:
+        """Whether this pass gives a row: rows have a place on a circle, drawn once, and what is given of a task moves
+        around it from pass to pass, so that rows take turns."""
+        kept = self.plan.kept.get(task_or_none(record, self.mix_by), 1.0)
+        given = kept * (1.0 if self.place.turn < self.num_full else self.part)
+        if given >= 1:
+            return True
+        start = kept * (self.epoch * self.part + (0 if kept == 1 else self.epoch * self.num_full + self.place.turn))
+        place = key(self.seed, ROW, self.index, self.place.file, record.number) / 2**64
+        return (place - start) % 1.0 < given
 
 
 class Stream:
@@ -108,7 +157,7 @@ class Stream:
     def __init__(self, sources: list[StreamSource], config: DataConfig, log: RejectLog):
         self.sources, self.config, self.log = sources, config, log
         self.counts = Counts()
-        self._readers = [_Reader(s, i, config.seed) for i, s in enumerate(sources)]
+        self._readers = [_Reader(s, i, plan, config) for i, (s, plan) in enumerate(zip(sources, plans(sources, config), strict=True))]
         self._epoch, self._block, self._rows_read = 0, 0, 0
         self._any_in_epoch = False
         self._examples: list[Example] = []
@@ -236,7 +285,7 @@ class Stream:
             waiting = [r for r in self._readers if not r.place.done]
             if not waiting:
                 break
-            reader = min(waiting, key=lambda r: (r.place.taken + 1) / r.rate) if self.config.shuffle else waiting[0]
+            reader = min(waiting, key=lambda r: (r.place.taken + 1) / r.plan.rate) if self.config.shuffle else waiting[0]
             row = reader.next()
             if row is not None:
                 found.append((reader.index, *row))

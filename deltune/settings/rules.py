@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from deltune.data.mix import problems as mix_problems
 from deltune.errors import ConfigError
 from deltune.models.config import ModelConfig
 from deltune.optim.schedules import schedule as build_schedule
@@ -125,9 +126,10 @@ def data_rules(run: Run) -> Iterator[str]:
         if limit is not None and limit >= data.max_length:
             yield f"data.{key} has no effect: it must be below data.max_length, which is {data.max_length}"
     if data.mode == "pretrain":
-        for key in ("max_source_length", "max_target_length", "train_on_source"):
+        for key in ("max_source_length", "max_target_length", "train_on_source", "turns"):
             if changed(data, key):
                 yield f"data.{key} has no effect with data.mode=pretrain, which trains every token"
+    yield from mix_problems(data)
     tokens = run.train.micro_batch_tokens
     if tokens is not None:
         if data.batching in ("grouped", "padded"):
