@@ -16,14 +16,14 @@ def released(reader: Callable[[Path], list[Item]], *names: str, train: str) -> d
     where it was released with answers), and the training split beside it gives the exemplars."""
 
     def read(path: Path) -> list[Item]:
-        return reader(chosen(path, (*names, train)))
+        return reader(chosen(path, names))
 
     def exemplars(path: Path) -> list[Item]:
-        file = chosen(path, (*names, train))
+        file = chosen(path, names)
         beside = file.with_name(train)
         return reader(beside) if beside.is_file() and beside != file else []
 
-    return {"read": read, "exemplars": exemplars}
+    return {"read": read, "exemplars": exemplars, "files": names, "train": train}
 
 
 TASKS: dict[str, Task] = {
@@ -32,6 +32,8 @@ TASKS: dict[str, Task] = {
         help="57 subjects of school, university and profession, four choices (Hendrycks et al. 2021)",
         read=readers_mmlu.read,
         exemplars=readers_mmlu.exemplars,
+        files=("test/*_test.csv", *readers_mmlu.PROMPTS),
+        train="dev/*_dev.csv",
         template="mmlu",
         protocols=PROTOCOLS,
         mean="macro",
@@ -125,7 +127,7 @@ TASKS: dict[str, Task] = {
         protocols=PROTOCOLS,
         mean="micro",
         language="en",
-        **released(readers.strategyqa, "dev.json", "strategyqa_dev.json", train="strategyqa_train.json"),
+        **released(readers.strategyqa, "strategyqa_train.json", train="strategyqa_train.json"),
     ),
     "gsm8k": Task(
         name="gsm8k",

@@ -31,11 +31,6 @@ class Item:
         return self.context, self.question, tuple(sorted(self.choices))
 
 
-def no_exemplars(path: Path) -> list[Item]:
-    """For tasks whose files hold nothing but the questions themselves."""
-    return []
-
-
 @dataclass(frozen=True)
 class Task:
     """One line of the catalogue.
@@ -52,7 +47,9 @@ class Task:
     protocols: tuple[str, ...]  # of PROTOCOLS; the first is the default
     mean: str  # of MEANS: over questions, or the unweighted mean over groups
     language: str  # "en" or "zh"
-    exemplars: Callable[[Path], list[Item]] = no_exemplars
+    exemplars: Callable[[Path], list[Item]]
+    files: tuple[str, ...]  # of a folder, the first of these that is there is asked
+    train: str  # beside it, where exemplars come from
 
 
 def permuted(item: Item, seed: int) -> Item:
