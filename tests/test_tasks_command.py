@@ -138,7 +138,7 @@ def test_settings_without_effect_are_refused(more, said):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["eval.tasks=[{task: mmlux, data: x}]"], "eval.tasks.*did you mean mmlu"), (["eval.tasks=[{task: mmlu, data: x}]"], "eval.metric.*mmlu_accuracy"),
+        (["eval.tasks=[{task: mmlux, data: x}]"], "eval.tasks.*did you mean mmlu"), (["eval.tasks=[{task: mmlu, data: x}]", "eval.metric=loss"], "eval.metric.*mmlu_accuracy"),
         (["eval.tasks=[{task: mmlu, data: x, shot: 3}]"], "nearest: shots"), (["eval.tasks=[{task: mmlu, data: x},{task: mmlu, data: y}]", "eval.metric=mmlu_loss"], "of one name"),
         (["eval.tasks=[{task: mmlu, data: x}]", "eval.metric=c3_d_accuracy"], "direction"), (["eval.tasks=[{task: mmlu, data: x}]", "eval.metric=mmlu_loss", "eval.exact_match=true"], "exact_match"),
         (["eval.every=3"], "eval.tasks"),
@@ -186,6 +186,14 @@ def test_a_run_measures_tasks_and_goes_on_exactly(tiny_folder, mmlu, tmp_path):
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["accuracy"]["value"] == straight.metrics_after["mmlu_accuracy"]
     assert found["loss"]["value"] == pytest.approx(straight.metrics_after["mmlu_loss"], rel=1e-6) == pytest.approx(losses[straight.best_step], rel=1e-6)
+
+
+def test_with_tasks_alone_the_first_ones_accuracy_decides(tiny_folder, mmlu, tmp_path):
+    outcome = deltune.train({
+        "output": str(tmp_path), "name": "r", "model": str(tiny_folder), "data.train": [str(mmlu)], "data.fields": {"input": "input", "output": "output"},
+        "train.steps": 1, "eval.tasks": [{"task": "mmlu", "data": str(mmlu)}], "log.progress": "off", "log.report": False, "log.sinks": [], "engine.device": "cpu",
+    })  # fmt: skip
+    assert outcome.best_metric == outcome.metrics_after["mmlu_accuracy"]
 
 
 def test_a_missing_file_is_told_before_the_model_is_loaded(tiny_folder, tmp_path, monkeypatch):

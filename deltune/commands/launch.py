@@ -1,4 +1,4 @@
-"""deltune launch -n N [--] train [FILE.yaml] [key=value ...]
+"""deltune launch -n N [--] train|eval [FILE.yaml] [key=value ...]
 
 Starts N processes of one run on this machine with torch's launcher. The config is checked once before any of them
 starts; the first process that fails ends the others, and its exit code is the launcher's. Choose an engine for several
@@ -14,7 +14,7 @@ import sys
 
 from deltune.errors import ConfigError, DeltuneError
 
-VERBS = ("train",)
+VERBS = {"train": "Run", "eval": "EvalSettings"}  # and the class of their settings
 
 
 def main(argv: list[str]) -> int:
@@ -47,11 +47,11 @@ def read_arguments(argv: list[str]) -> tuple[int, list[str]]:
 
 def check(words: list[str], num_processes: int) -> None:
     """A fault in the config is told once, not by every process."""
-    from deltune.settings import load_run, split_file
+    from deltune import settings
 
     if any(word in ("-m", "--multirun") for word in words):
         raise ConfigError("launch: a sweep cannot be launched; start its runs one by one")
-    run = load_run(*split_file(words[1:]))
+    run = settings.load(getattr(settings, VERBS[words[0]]), *settings.split_file(words[1:]))
     if run.engine.name == "single" and num_processes > 1:
         raise ConfigError(f"launch: engine=single is for one process, and -n is {num_processes}; choose engine=ddp")
 

@@ -1,7 +1,7 @@
 """deltune list [WHAT ...]
 
-What there is to choose from. WHAT narrows it: models, methods, data, formats, optimizers, schedules, engines, sinks, groups,
-presets; `keys` is every setting, as in docs/config.md, and `schema` a JSON Schema of a config for editors.
+What there is to choose from. WHAT narrows it: models, methods, data, formats, tasks, templates, optimizers, schedules, engines,
+sinks, groups, presets; `keys` is every setting, as in docs/config.md, and `schema` a JSON Schema of a config for editors.
 """
 
 from __future__ import annotations
@@ -164,6 +164,21 @@ def methods() -> Iterator[Row]:
         yield name, f"{METHODS[name].formula} ({METHODS[name].paper})"
 
 
+def tasks() -> Iterator[Row]:
+    """Tasks with right answers; docs/evaluation.md tells more."""
+    from deltune.evaluation.tasks.catalogue import TASKS
+
+    for name, task in TASKS.items():
+        yield name, f"{task.help}; template {task.template}; {', '.join(task.protocols)}"
+
+
+def templates() -> Iterator[Row]:
+    from deltune.evaluation.tasks.templates import TEMPLATES
+
+    for name, template in TEMPLATES.items():
+        yield name, template.help
+
+
 def sinks() -> Iterator[Row]:
     from deltune.training.sinks import SINKS
 
@@ -199,6 +214,8 @@ TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
     "methods": methods,
     "data": data,
     "formats": formats,
+    "tasks": tasks,
+    "templates": templates,
     "optimizers": table("optim"),
     "schedules": table("schedule"),
     "engines": table("engine"),

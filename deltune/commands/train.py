@@ -6,6 +6,7 @@ run.seed right before the first step, so that evaluations beforehand change noth
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from deltune.log import logger
 if TYPE_CHECKING:
     from deltune.settings import Run
     from deltune.training.callbacks import Callback, Outcome, RunInfo, Sample, StepRecord
+    from deltune.training.config import EvalConfig
     from deltune.training.loop import Loop
     from deltune.training.loss import ForwardStep
     from deltune.training.state import Saver
@@ -192,7 +194,7 @@ class Session:
         self.schedules, rates = self.over_time(optimizer, lambda steps: schedule(run.schedule, steps), num_steps)
         return Loop(
             self.model, loader=loader, optimizer=optimizer, schedule=rates, engine=engine,
-            info=self.describe(num_steps), train=run.train, eval=run.eval, checkpoint=run.checkpoint,
+            info=self.describe(num_steps), train=run.train, eval=self.eval_config(), checkpoint=run.checkpoint,
             max_grad_norm=run.optim.max_grad_norm, saver=self.saver(),
             evaluate=self.evaluate if self.evaluates else None, callbacks=self.callbacks,
             forward_step=self.forward_step or LossStep(self.head), log_every=run.log.every, schedules=self.schedules,
@@ -243,8 +245,6 @@ class Session:
 
     def start(self, loop: Loop) -> None:
         """Numbers before training, the newest checkpoint, the records up to it, and everyone told."""
-        import dataclasses
-
         from deltune.training import randomness
 
         run = self.run
@@ -324,6 +324,13 @@ class Session:
     @property
     def evaluates(self) -> bool:
         return self.data.evaluation is not None or bool(self.run.eval.tasks)
+
+    def eval_config(self) -> EvalConfig:
+        """What the loop decides by: of a run with tasks alone, the first one's accuracy."""
+        settings = self.run.eval
+        if settings.metric != "auto" or self.data.evaluation is not None or not settings.tasks:
+            return settings
+        return dataclasses.replace(settings, metric=f"{self.exams.exams[0].name}_accuracy")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the whole evaluation set and on tasks, over all ranks."""

@@ -82,6 +82,8 @@ SAME = {
     "out": "output_file export_dir save_path predict_dir",
     "stop": "stop_strings stop_sequences stop_words",
     "batch": "generation_batch_size",
+    "task": "lm_eval_tasks benchmark eval_task",
+    "shots": "num_fewshot n_shot fewshot k_shot num_shots",
 }
 
 _PACKED = ("data.batching", "data.batching=packed keeps documents apart, and is what auto takes where the model can")
@@ -173,6 +175,10 @@ DIFFERENT = {
     "tensorboard": ("log.sinks", "log.sinks=[tensorboard], which is the default"),
     "use_tensorboard": ("log.sinks", "log.sinks=[tensorboard], which is the default"),
     "plot_loss": ("log.report", "writes loss.png and report.html"),
+    "do_mmlu_eval": ("eval.tasks", "eval.tasks=[{task: mmlu, data: FILE}]"),
+    "mmlu_dataset": ("eval.tasks", "mmlu-zs: eval.tasks=[{task: mmlu, data: zero_shot_mmlu_val.json}]; mmlu-fs: the five-shot file, or shots: 5"),
+    "mmlu_split": ("eval.tasks", "the split is the file: eval.tasks=[{task: mmlu, data: zero_shot_mmlu_val.json}]"),
+    "max_mmlu_samples": ("eval.tasks", "a task's limit, spread evenly over all subjects: eval.tasks=[{task: mmlu, data: FILE, limit: 100}]"),
     "skip_eval": ("eval.every", "without data.eval and data.eval_size nothing is evaluated"),
     "do_sample": ("temperature", "above 0 draws, 0 takes the most probable token"),
 }
@@ -183,6 +189,7 @@ _VERB = "the verb says so: `deltune train`, `deltune eval`, `deltune generate`"
 
 # their name -> why there is nothing like it
 ABSENT = {
+    "mmlu_source_max_len": "a prompt of a task is cut where the model's window ends, not before",
     "trust_remote_code": "code that comes with a model is never run",
     "load_in_4bit": _NOT_QUANTISED,
     "load_in_8bit": _NOT_QUANTISED,

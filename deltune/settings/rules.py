@@ -178,6 +178,8 @@ def evaluation_rules(run: Run) -> Iterator[str]:
     if settings.metric == "exact_match" and not settings.exact_match:
         yield "eval.metric is only measured with eval.exact_match=true"
     measured = [*(METRICS if has_data else ()), *(f"{name}_{what}" for name in names for what in ("accuracy", "loss"))]
+    if settings.metric == "auto":
+        return
     if settings.metric in METRICS and not has_data:
         yield f"eval.metric is only measured on evaluation data (data.eval or data.eval_size); eval.tasks give {', '.join(measured)}"
     if settings.metric not in measured and settings.metric not in METRICS and settings.direction == "auto":

@@ -48,7 +48,7 @@ class EvalConfig:
     exact_match: bool = option(False, "Also generate an answer to each evaluation prompt and compare.")
     max_new_tokens: int = option(64, "Longest generated answer.", gt=0, unit="tokens")
     samples: int = option(4, "Evaluation prompts answered before and after training, for the report.", ge=0)
-    metric: str = option("loss", "Metric that picks the best checkpoint, e.g. loss, perplexity, token_accuracy, exact_match.")
+    metric: str = option("auto", "Metric that picks the best checkpoint, e.g. loss, perplexity, token_accuracy, exact_match, mmlu_accuracy; auto: loss, or without evaluation data the first task's accuracy.")
     direction: str = option("auto", "Whether smaller or larger is better; auto knows the built-in metrics.", choices=("auto", "min", "max"))
     patience: int | None = option(None, "Stop after so many evaluations without improvement.", gt=0)
     min_delta: float = option(0.0, "Smallest change that counts as improvement.", ge=0)

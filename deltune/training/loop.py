@@ -52,6 +52,10 @@ class Progress:
         self.loss_chain = hashlib.sha256(text.encode()).hexdigest()
 
 
+def metric_of(config: EvalConfig) -> str:
+    return "loss" if config.metric == "auto" else config.metric
+
+
 def improves(config: EvalConfig, value: float, best: float | None) -> bool:
     """Whether a metric's value beats the best so far by at least min_delta."""
     if value != value:  # not a number never wins
@@ -60,7 +64,7 @@ def improves(config: EvalConfig, value: float, best: float | None) -> bool:
         return True
     direction = config.direction
     if direction == "auto":
-        direction = "min" if config.metric.endswith(SMALLER_IS_BETTER) else "max"
+        direction = "min" if metric_of(config).endswith(SMALLER_IS_BETTER) else "max"
     return value < best - config.min_delta if direction == "min" else value > best + config.min_delta
 
 
@@ -340,11 +344,12 @@ class Loop:
         began = time.perf_counter()
         metrics = self.evaluate()
         self.model.train()
-        if self.eval.metric not in metrics:
+        metric = metric_of(self.eval)
+        if metric not in metrics:
             raise NumericsError(
-                f"eval.metric={self.eval.metric}: the evaluation gave no such number. What fits: {', '.join(sorted(metrics))}."
+                f"eval.metric={metric}: the evaluation gave no such number. What fits: {', '.join(sorted(metrics))}."
             )
-        value, done = metrics[self.eval.metric], self.progress
+        value, done = metrics[metric], self.progress
         is_best = improves(self.eval, value, done.best_metric)
         if is_best:
             done.best_step, done.best_metric, done.evals_without_gain = done.step, value, 0
