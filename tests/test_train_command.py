@@ -111,7 +111,8 @@ def test_the_best_weights_are_exported_not_the_last(settings, tmp_path):
         {"engine.precision": "bf16"}, {"model.dtype": "bfloat16"}, {"train.accumulate": 3}, {"data.batching": "grouped"},
         {"train.steps": None, "train.epochs": 1.5}, {"optim": "sgd"}, {"schedule": "wsd"}, {"eval.exact_match": True},
         {"adapter.modules_to_save": ["lm_head"]}, {"engine.precision": "fp16"}, {"optim": "paged_lion"},
-        {"adapter": None, "optim": "paged_adamw_8bit"},
+        {"adapter": None, "optim": "paged_adamw_8bit"}, {"quant": "nf4", "optim": "paged_adamw"},
+        {"quant": "int8", "model.dtype": "bfloat16", "optim": "lion_8bit"},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )

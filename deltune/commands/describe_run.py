@@ -12,8 +12,10 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 def description(run: Any, engine: Any, data: Any, model: Any, batching: Any) -> dict[str, Any]:
     """The `description` of RunInfo; docs/runs.md lists its keys."""
+    from deltune.models.kbit import told
     from deltune.models.load import model_identity
 
+    quantised = list(told(model))
     return {
         "versions": versions(),
         "device": device(engine),
@@ -24,6 +26,7 @@ def description(run: Any, engine: Any, data: Any, model: Any, batching: Any) -> 
         },
         "data": data.report.to_dict(),
         "batching": str(batching),
+        **({"quantised": quantised} if quantised else {}),
         **({} if run.adapter is None or run.result == "model" else {"adapter": adapter(run.adapter)}),
     }
 

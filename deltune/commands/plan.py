@@ -142,6 +142,7 @@ def page(plan: Plan) -> Iterator[str]:
 
 
 def parameters(plan: Plan) -> list[str]:
+    from deltune.models import kbit
     from deltune.models.select import parameter_table
     from deltune.training.display import aligned, count
 
@@ -153,6 +154,7 @@ def parameters(plan: Plan) -> list[str]:
         *aligned([["module", "tensors", "trainable", "total"], *cells]),
         f"{count(total['trainable'])} of {count(total['total'])} are trained ({share:.2g} %)",
         _arithmetic(plan),
+        *kbit.told(plan.model),
     ]
 
 

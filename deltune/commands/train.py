@@ -153,6 +153,7 @@ class Session:
         from deltune.commands import arithmetic, fast, new_tokens
         from deltune.commands.batching import of_run
         from deltune.models.head import described
+        from deltune.models.kbit import told
         from deltune.models.load import check_pair, load
         from deltune.models.select import parameter_table
 
@@ -171,6 +172,8 @@ class Session:
             for line in fast.put(self.model, adapted=run.adapter is not None):
                 logger.info("%s", line)
         self.parameter_table = parameter_table(self.model)
+        for line in told(self.model):
+            logger.info("%s", line)
         self.head = described(self.model) if self.fast else None
         self.batching = of_run(run, self.model, own_step="forward_step" if self.forward_step else "")
         self.eval_batching = of_run(run, self.model, own_step="eval_step" if self.eval_step else "")
