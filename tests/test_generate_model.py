@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from deltune.errors import ConfigError, ModelError, NumericsError
+from deltune.models.choosing import nucleus
 from deltune.models.generation import (
     GenerateOptions,
     context_window,
     end_of_turn,
     eos_ids,
     generate,
-    nucleus,
     render_prompt,
     stream,
 )

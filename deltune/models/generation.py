@@ -2,22 +2,25 @@
 depends on the prompt, the options and its number, never on its neighbours or on random numbers drawn elsewhere.
 
 Shapes: ids [batch, seq], padded on the left; scores [batch, vocab]. The loop over tokens is transformers'
-`model.generate`; which token comes next (`Chooser`) and when an answer ends (`Ending`) are decided here.
+`model.generate`; which token comes next is decided in choosing.py, and when an answer ends (`Ending`) here. A beam search is transformers'
+own: it has no tokens that are certain before its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import queue
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltune.errors import ConfigError, ModelError, NumericsError
+from deltune.errors import ConfigError, ModelError
+from deltune.models.choosing import Chooser, Only, check_numbers, trie_of
+from deltune.models.decoding import DRAWING, DecodingConfig, by_place, changed, transformers_fields
 from deltune.models.text import AnswerText
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ class GenerateOptions:
     repetition_penalty: float = 1.0  # arXiv:1909.05858, over prompt and answer
     seed: int = 42
     stop: tuple[str, ...] = ()  # texts that end an answer and are not part of it
+    choices: tuple[str, ...] = ()  # an answer is one of these texts, if there are any
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
         limits = {
@@ -49,6 +54,11 @@ class GenerateOptions:
         for name, holds in limits.items():
             if not holds:
                 raise ConfigError(f"{name}={getattr(self, name)} is out of range")
+        problems = self.decoding.problems()
+        if self.temperature == 0:
+            problems += [f"{name} has no effect while temperature is 0" for name in DRAWING if changed(self.decoding, name)]
+        if problems:
+            raise ConfigError(f"decoding: {'; '.join(problems)}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def generate(
     options: GenerateOptions | None = None,
     *,
     batch: int = 8,
-    numbers: Sequence[int] | None = None,
+    numbers: Sequence[int | str] | None = None,
 ) -> list[Generated]:
     """One answer per prompt, in the order given; prompts of like length are answered together, `batch` at a time.
 
@@ -83,9 +93,14 @@ def generate(
         _check_prompt(model, ids, number)
     answers: list[Generated | None] = [None] * len(all_ids)
     with undisturbed_random(model):
-        for chosen in _batches([len(ids) for ids in all_ids], batch, context_window(model), options.max_new_tokens):
-            ending = _run(model, tokenizer, [all_ids[i] for i in chosen], [numbers[i] for i in chosen], options)
-            for i, answer in zip(chosen, ending.answers(), strict=True):
+        beams = options.decoding.num_beams > 1
+        if beams and options.temperature:
+            batch = 1  # its draws are torch's, one stream for all that a batch holds
+        window = 0 if by_place(options.decoding) else context_window(model)
+        for chosen in _batches([len(ids) for ids in all_ids], batch, window, options.max_new_tokens):
+            run = _search if beams else _run
+            found = run(model, tokenizer, [all_ids[i] for i in chosen], [numbers[i] for i in chosen], options)
+            for i, answer in zip(chosen, found if beams else found.answers(), strict=True):
                 answers[i] = answer
     return answers
 
@@ -94,7 +109,8 @@ def _batches(lengths: list[int], batch: int, window: int | None, max_new_tokens:
     """Places of prompts of like length, longest first, since they need the most memory.
 
     A prompt whose answer the context window cuts short shares a batch with its equals only: in a mixed one it would
-    go on beside longer answers, past the last position that a model with learned positions has.
+    go on beside longer answers, past the last position that a model with learned positions has. With a window of 0 all
+    prompts of a batch are of one length.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
@@ -112,7 +128,7 @@ def stream(
     ids: Sequence[int],
     options: GenerateOptions | None = None,
     *,
-    number: int = 0,
+    number: int | str = 0,
 ) -> Iterator[str]:
     """The text that `generate` gives for this prompt, piece by piece as it becomes certain.
 
@@ -120,6 +136,9 @@ def stream(
     """
     options = options or GenerateOptions()
     ids = [int(i) for i in ids]
+    if options.decoding.num_beams > 1:  # certain when the search is over
+        yield generate(model, tokenizer, [ids], options, numbers=[number])[0].text
+        return
     _check_prompt(model, ids, number)
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     ending_wanted: list[bool] = []
@@ -268,10 +287,55 @@ def _check_prompt(model: PreTrainedModel, ids: Sequence[int], number: int) -> No
 
 
 def _run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], numbers: list[int], options: GenerateOptions,
-    each_token: Any = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], numbers: Sequence[int | str],
+    options: GenerateOptions, each_token: Any = None,
 ) -> Ending:  # fmt: skip
-    """One batch through transformers' loop."""
+    """One batch through transformers' loop, each token chosen here."""
+    ending = Ending(model, tokenizer, prompts, options, each_token)
+    processors: list[Any] = [Chooser(prompts, numbers, options)]
+    if options.choices:
+        processors.insert(0, _only(tokenizer, prompts, options, ending.eos))
+    _transformers(model, tokenizer, prompts, processors, ending.eos, options, [ending], max_new_tokens=options.max_new_tokens, num_beams=1, do_sample=False)
+    ending.finish()
+    return ending
+
+
+def _search(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], numbers: Sequence[int | str], options: GenerateOptions,
+) -> list[Generated]:  # fmt: skip
+    """One batch through transformers' beam search: of each prompt the best answer. A stop string cuts it afterwards."""
+    ending = Ending(model, tokenizer, prompts, options, None)
+    ends = ending.eos | ending.stop_ids
+    processors: list[Any] = [lambda ids, scores: check_numbers(scores, numbers, ids.shape[1] - max(ending.lengths)) or scores]
+    if options.choices:
+        processors.append(_only(tokenizer, prompts, options, ends))
+    drawn: dict[str, Any] = {"do_sample": options.temperature > 0, "repetition_penalty": options.repetition_penalty}
+    if options.temperature:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{options.seed}:{numbers[0]}".encode()).digest()[:7], "big"))
+        drawn |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p, "min_p": options.min_p or None}
+        drawn |= {name: getattr(options.decoding, name) for name in DRAWING if changed(options.decoding, name)}
+    found = _transformers(model, tokenizer, prompts, processors, ends, options, [], max_new_tokens=min(ending.room), **drawn)
+    width = max(ending.lengths)
+    for row, ids in enumerate(found[:, width:].tolist()):
+        for token in ids:
+            ending.reasons[row] = ending.take(row, token)
+            if ending.reasons[row] is not None:
+                break
+        else:
+            ending.reasons[row] = "length" if len(ids) == options.max_new_tokens else "context"
+    ending.finish()
+    return ending.answers()
+
+
+def _only(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: GenerateOptions, eos: set[int]) -> Only:
+    return Only(trie_of(tokenizer, options.choices, eos), max(map(len, prompts)), min(eos))
+
+
+def _transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], processors: list[Any], eos: set[int],
+    options: GenerateOptions, criteria: list[Any], **fields: Any,
+) -> torch.Tensor:  # fmt: skip
+    """transformers' generate on prompts padded on the left, by settings of its own: ids [batch, seq]."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
@@ -279,25 +343,14 @@ def _run(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked: its value changes nothing
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    ending = Ending(model, tokenizer, prompts, options, each_token)
-    settings = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
-        eos_token_id=sorted(ending.eos) or None, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
+    fields = transformers_fields(options.decoding, tokenizer) | fields
+    settings = GenerationConfig(**{"use_cache": True, "pad_token_id": pad, "eos_token_id": sorted(eos) or None, "bos_token_id": tokenizer.bos_token_id} | fields)
     own, model.generation_config = model.generation_config, settings  # else generate() fills gaps from the folder's
     try:
         with inference(model):
-            model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=settings,
-                logits_processor=[Chooser(prompts, numbers, options)],
-                stopping_criteria=[ending],
-            )
+            return model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=processors, stopping_criteria=criteria)
     finally:
         model.generation_config = own
-    ending.finish()
-    return ending
 
 
 class Ending:
@@ -312,7 +365,7 @@ class Ending:
         each_token: Any,
     ):
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.eos = eos_ids(model, tokenizer)
+        self.eos = eos_ids(model, tokenizer) | set(options.decoding.stop_ids)
         self.stop_ids = {special[text] for text in options.stop if text in special}  # special tokens have no text
         self.texts = [AnswerText(tokenizer, options.stop) for _ in prompts]
         self.ids: list[list[int]] = [[] for _ in prompts]
@@ -328,13 +381,13 @@ class Ending:
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if self.reasons[row] is None:
-                self.reasons[row] = self._take(row, token)
+                self.reasons[row] = self.take(row, token)
         done = [reason is not None for reason in self.reasons]
         if self.each_token is not None and self.each_token(self):
             done = [True] * len(done)
         return torch.tensor(done, device=input_ids.device)
 
-    def _take(self, row: int, token: int) -> str | None:
+    def take(self, row: int, token: int) -> str | None:
         """Record a token; why the answer ends with it, if it does."""
         self.ids[row].append(token)
         if token in self.eos:
@@ -357,67 +410,3 @@ class Ending:
     def answers(self) -> list[Generated]:
         parts = zip(self.texts, self.ids, self.lengths, self.reasons, strict=True)
         return [Generated(text.text, ids, length, reason) for text, ids, length, reason in parts]
-
-
-class Chooser:
-    """transformers' logits processor: leaves each row a single token with a finite score, if it draws.
-
-    A row draws one number a token, from a generator of its own: its draws do not depend on the rest of the batch.
-    """
-
-    def __init__(self, prompts: list[list[int]], numbers: list[int], options: GenerateOptions):
-        self.options = options
-        self.numbers = numbers
-        self.generators = [random.Random(f"{options.seed}:{number}") for number in numbers]
-        self.lengths = list(map(len, prompts))
-        self.width = max(self.lengths)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        broken = scores.isnan().any(dim=-1)
-        if broken.any():
-            raise NumericsError(
-                f"the model's scores for prompt {self.numbers[int(broken.nonzero()[0])]} are not numbers (NaN) at "
-                f"new token {input_ids.shape[1] - self.width + 1}"
-            )
-        if self.options.repetition_penalty != 1.0:
-            scores = self._penalise(input_ids, scores)
-        if self.options.temperature == 0:
-            return scores
-        exact = scores.cpu() if scores.device.type == "mps" else scores  # MPS has no float64
-        order, keep, probabilities = nucleus(exact / self.options.temperature, self.options)
-        cumulative = (probabilities * keep).cumsum(-1)
-        draws = torch.tensor(
-            [generator.random() for generator in self.generators], device=exact.device, dtype=torch.float64
-        )
-        place = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)
-        place = place.clamp(max=(keep.sum(-1) - 1)[:, None])  # rounding: never beyond the kept ones
-        return torch.full_like(scores, -torch.inf).scatter_(1, order.gather(1, place).to(scores.device), 0.0)
-
-    def _penalise(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Divide positive scores, and multiply negative ones, of tokens that appeared; padding did not appear."""
-        scores = scores.clone()
-        for row, length in enumerate(self.lengths):
-            seen = input_ids[row, self.width - length :].unique()
-            values = scores[row, seen]
-            scores[row, seen] = torch.where(
-                values > 0, values / self.options.repetition_penalty, values * self.options.repetition_penalty
-            )
-        return scores
-
-
-def nucleus(scores: torch.Tensor, options: GenerateOptions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token ids from most to least probable, which of them may be drawn, float64 probabilities), each [batch, vocab].
-
-    top_k, then top_p of what top_k leaves, then min_p; each leaves the first few of the order, and at least one.
-    """
-    probabilities, order = scores.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(order, dtype=torch.bool)
-    if options.top_k:
-        keep[:, options.top_k :] = False
-    if options.top_p < 1:
-        cumulative = (probabilities * keep).cumsum(-1)
-        keep &= cumulative - probabilities < options.top_p * cumulative[:, -1:]
-        keep[:, 0] = True
-    if options.min_p:
-        keep &= probabilities >= options.min_p * probabilities[:, :1]
-    return order, keep, probabilities
