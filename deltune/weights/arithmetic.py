@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from deltune.weights.quantised import dequantised, is_quantised
+from deltune.weights.quantised import check_writable, dequantised, is_quantised
 
 BLOCK_ELEMENTS = 1 << 22  # of a device: a float32 block of 16 MiB is large enough for full speed, small beside any weight
 BLOCK_ELEMENTS_CPU = 1 << 18  # of the CPU: a block of 1 MiB stays in the cache (a merge in bfloat16: 0.19 s against 0.26 s)
@@ -33,6 +33,7 @@ def add_to_weight(weight: Tensor, delta: Tensor, carried: Tensor | None = None) 
 
     `carried`, like the weight, is what rounding took from it before: it is added, and left holding what it takes now.
     """
+    check_writable(weight)
     dtype = _sum_type(weight, delta)
     for rows in row_blocks(weight):
         whole = weight[rows].to(dtype) + delta[rows].to(dtype)
@@ -51,6 +52,7 @@ def add_product_to_weight(weight: Tensor, left: Tensor, right: Tensor, scale: fl
     over once, with no temporary at all: the kernel sums in float32, and the factors go in as parts in bfloat16 that hold
     them whole.
     """
+    check_writable(weight)
     dtype = _sum_type(weight, left, right)
     if dtype == weight.dtype:
         weight.addmm_(left.to(dtype), right.to(dtype), alpha=scale)

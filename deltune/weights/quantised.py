@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from deltune.errors import DeltuneError
+from deltune.weights import bnb
 from deltune.weights import codes as coding
 from deltune.weights.scratch import scratch
 
@@ -109,7 +110,7 @@ def _product(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """A product with one quantised tensor, formed in that one's type and given in the other's."""
     dtype = next(a.dtype for a in args if isinstance(a, QuantisedTensor))
     given = next(a.dtype for a in args if isinstance(a, Tensor) and not isinstance(a, QuantisedTensor))
-    values = (_for_a_product(a) if isinstance(a, QuantisedTensor) else a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+    values = (_values(a, dtype, for_now=True) if isinstance(a, QuantisedTensor) else a.to(dtype) if isinstance(a, Tensor) else a for a in args)
     return func(*values, **kwargs).to(given)
 
 
@@ -134,6 +135,12 @@ STAYS: dict[Any, Callable[..., Tensor]] = {
     aten.permute.default: lambda tensor, dims: tensor._with(transposed=tensor.transposed ^ (dims[0] % 2 == 1)),
     aten._to_copy.default: _converted,
 }
+
+
+def check_writable(tensor: Tensor) -> None:
+    """DeltuneError for a quantised weight. To ask is up to whoever writes row by row: `weight[rows]` of one is a copy."""
+    if isinstance(tensor, QuantisedTensor):
+        raise _not_written(tensor, "rows of it")
 
 
 def _not_written(tensor: QuantisedTensor, what: str) -> DeltuneError:
@@ -178,7 +185,7 @@ def dequantised(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or tensor.dtype
     if not isinstance(tensor, QuantisedTensor):
         return tensor.detach().to(dtype)
-    return _values(tensor, torch.empty(tensor.stored_shape, dtype=dtype, device=tensor.device))
+    return _values(tensor, dtype)
 
 
 def quantised_like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -214,21 +221,23 @@ def stored_bytes(tensor: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def _for_a_product(tensor: QuantisedTensor) -> Tensor:
-    """The values, in memory that the next product uses again. A device's own allocator keeps memory by itself."""
-    if tensor.device.type != "cpu":
-        return dequantised(tensor)
-    return _values(tensor, scratch("values of a quantised weight", tensor.codes, tensor.dtype, *tensor.stored_shape))
-
-
-def _values(tensor: QuantisedTensor, out: Tensor) -> Tensor:
-    """Fill `out` of the stored shape; returned in the tensor's shape."""
-    if tensor.kind == "int8":
-        coding.dequantise_int8(tensor.codes, tensor.scales, out)
-    else:
-        coding.dequantise_4bit(tensor.codes, _scales(tensor), tensor.kind, tensor.block_size, out.view(-1))
+def _values(tensor: QuantisedTensor, dtype: torch.dtype, *, for_now: bool = False) -> Tensor:
+    """The values in `dtype`; those `for_now` may lie in memory that the next of its kind uses again."""
+    shape = tensor.stored_shape
+    out = None
+    if tensor.kind != "int8":
+        scales = _scales(tensor)
+        out = bnb.dequantise_4bit(tensor.codes, scales, tensor.kind, tensor.block_size, shape, dtype)
+    if out is None:
+        # a device's own allocator keeps memory by itself
+        again = for_now and tensor.device.type == "cpu"
+        out = scratch("values of a quantised weight", tensor.codes, dtype, *shape) if again else torch.empty(shape, dtype=dtype, device=tensor.device)
+        if tensor.kind == "int8":
+            coding.dequantise_int8(tensor.codes, tensor.scales, out)
+        else:
+            coding.dequantise_4bit(tensor.codes, scales, tensor.kind, tensor.block_size, out.view(-1))
     if tensor.left is not None:
-        out.addmm_(tensor.left.to(out.dtype), tensor.right.to(out.dtype))
+        out.addmm_(tensor.left.to(dtype), tensor.right.to(dtype))
     return out.T if tensor.transposed else out
 
 
