@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "preview": ("the examples, token by token, as the trainer will see them", "PreviewSettings"),
     "plan": ("parameters, steps, memory and time of a run, without loading weights", "Run"),
     "doctor": ("what is installed, and which devices, types and engines work here", None),
+    "vocab": ("merge two sentencepiece vocabularies, or count a text's tokens", None),
     "init": ("look at a model and a data file, and write a config that runs", "InitSettings"),
     "list": ("models, methods, formats, optimizers, schedules, presets, keys ...", None),
     "launch": ("start several processes: deltune launch -n 2 train ...", None),

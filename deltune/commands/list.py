@@ -71,6 +71,8 @@ VERBS_OF_PAGE = (
     ("deltune merge", settings.MergeSettings, ("model", "engine")),
     ("deltune convert", settings.ConvertSettings, ("model", "engine")),
     ("deltune preview", settings.PreviewSettings, ("model", "data", "train")),
+    ("deltune vocab merge", settings.VocabMergeSettings, ()),
+    ("deltune vocab stats", settings.VocabStatsSettings, ()),
     ("deltune init", settings.InitSettings, ()),
 )
 
