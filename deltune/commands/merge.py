@@ -1,6 +1,7 @@
 """`deltune merge`: an adapter folded into its base, as a Hugging Face folder that has proved to answer as the two do.
 
-The folder takes its name last: what lies under it was read back and compared on a fixed text.
+The folder takes its name last: what lies under it was read back and compared on a text. A quantised base is merged in
+plain values; these are rounded to codes again only where that is asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Verdict:
     max_difference: float  # of any logit
     max_logit: float  # largest absolute logit of base and adapter
     num_changed: int  # tokens whose most probable successor is another
+    weight_error: float | None = None  # ‖Q(W) - W‖ / ‖W‖ of the merged weights, where they were quantised anew
 
 
 def main(words: list[str], file: Path | None) -> int:
@@ -49,12 +51,17 @@ def main(words: list[str], file: Path | None) -> int:
     share = 100 * verdict.num_changed / verdict.num_tokens
     print(f"merged {verdict.num_layers} layers of {settings.adapter} into {settings.model.path}")
     print(f"wrote {verdict.folder} ({verdict.num_bytes:,} bytes, {verdict.dtype})")
+    if verdict.weight_error is not None:
+        print(f"rounded the merged weights to {settings.requantise} again: {100 * verdict.weight_error:.2f} % off (Frobenius norm of what is lost, over theirs)")
     print(
         f"read back and compared with the unmerged adapter on {verdict.num_tokens} tokens: largest difference of a logit "
         f"{verdict.max_difference:.2g} (logits reach {verdict.max_logit:.3g}); another token becomes the most probable at "
         f"{verdict.num_changed} of {verdict.num_tokens} ({share:.1f} %)"
     )
-    print(f"next: deltune chat model={verdict.folder}")
+    if verdict.weight_error is None:
+        print(f"next: deltune chat model={verdict.folder}")
+    else:
+        print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(verdict.folder)!r}), with bitsandbytes installed")
     return 0
 
 
@@ -63,25 +70,38 @@ def merge_to_folder(settings: MergeSettings) -> Verdict:
     from deltune.adapters.attach import merge
     from deltune.adapters.wrapper import wrappers
     from deltune.commands.open_model import opened
+    from deltune.models.config import QUANTS
     from deltune.models.load import load, save_model
+    from deltune.models.requantise import write
 
     out = Path(settings.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"out={out}: something is there already. What fits: a folder that does not exist, or an empty one.")
-    written = out.with_name(f".{out.name}.merged")
+    written, codes = out.with_name(f".{out.name}.merged"), out.with_name(f".{out.name}.codes")
+    quant, error = None, None
+    if settings.requantise != "none":
+        quant = settings.quant if settings.quant.name == settings.requantise else QUANTS.resolve(settings.requantise)(name=settings.requantise)
+        quant = replace(quant, compute_dtype="auto")
+    asked = "bfloat16" if settings.dtype == "auto" and settings.quant.name != "none" else settings.dtype
     try:
         with opened(settings, as_stored=True) as it:
-            ids = text_ids(it)
+            ids = text_ids(it, settings.text)
             expected = logits(it, ids)
             num_layers = len(wrappers(it.model))
-            set_dtype(it.model, settings.dtype, widen=True)
+            set_dtype(it.model, asked, widen=True)
             merge(it.model)
-            set_dtype(it.model, settings.dtype)
+            set_dtype(it.model, asked)
+            in_plain(it.model)
             dtype = str(it.model.dtype).removeprefix("torch.")
             save_model(it.model, it.tokenizer, written)
             it.model.to("meta")  # two models need not fit at once
-            again = load(replace(settings.model, path=str(written), revision=None, tokenizer=None, dtype="auto"))
-            found = logits(replace(it, model=it.engine.place(again)), ids)
+            where = replace(settings.model, path=str(written), revision=None, tokenizer=None, dtype="auto")
+            found = logits(replace(it, model=it.engine.place(load(where, quant=quant))), ids)
+            if quant is not None:
+                error = write(written, codes, quant)
+                shutil.rmtree(written)
+                codes.rename(written)
+                dtype = f"{settings.requantise}, the rest {dtype}"
         if not found.isfinite().all():
             raise ModelError(f"{out}: the merged model's logits are not finite in {dtype}. What fits: dtype=float32 or dtype=bfloat16.")
         num_bytes = sum(file.stat().st_size for file in written.glob("*.safetensors"))
@@ -90,10 +110,11 @@ def merge_to_folder(settings: MergeSettings) -> Verdict:
         written.rename(out)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(codes, ignore_errors=True)
     return Verdict(
         folder=out, dtype=dtype, num_bytes=num_bytes, num_layers=num_layers, num_tokens=len(expected),
         max_difference=(found - expected).abs().max().item(), max_logit=expected.abs().max().item(),
-        num_changed=int((found.argmax(-1) != expected.argmax(-1)).sum()),
+        num_changed=int((found.argmax(-1) != expected.argmax(-1)).sum()), weight_error=error,
     )  # fmt: skip
 
 
@@ -101,7 +122,15 @@ def text_ids(it: Opened) -> torch.Tensor:
     """The tokens of the fixed text [1, seq]."""
     import torch
 
-    return torch.tensor([it.tokenizer(TEXT)["input_ids"][:LONGEST]], device=it.engine.device)
+    text, longest = TEXT, LONGEST_OF_TEXT
+    if file is not None:
+        try:
+            text, longest = Path(file).read_text(encoding="utf-8"), LONGEST
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ConfigError(f"text={file}: cannot be read: {problem}") from None
+        if not text.strip():
+            raise ConfigError(f"text={file}: there is no text in it")
+    return torch.tensor([it.tokenizer(text)["input_ids"][:longest]], device=it.engine.device)
 
 
 def logits(it: Opened, ids: torch.Tensor) -> torch.Tensor:
@@ -119,9 +148,29 @@ def set_dtype(model: torch.nn.Module, name: str, *, widen: bool = False) -> None
     """
     import torch
 
+    from deltune.weights import is_quantised
+
     if name == "auto":
         return
     dtype = getattr(torch, name)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype) if widen else dtype)
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            new = parameter.data.to(torch.promote_types(parameter.dtype, dtype) if widen else dtype)
+            if is_quantised(parameter):
+                setattr(module, leaf, torch.nn.Parameter(new, requires_grad=False))  # the type that its values are given in
+            else:
+                parameter.data = new
+
+
+def in_plain(model: torch.nn.Module) -> None:
+    """Have layers that are stored quantised still, for nothing was merged into them, hold their values."""
+    import torch
+
+    from deltune.weights import dequantised, is_quantised
+
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if is_quantised(parameter):
+                setattr(module, leaf, torch.nn.Parameter(dequantised(parameter), requires_grad=False))
