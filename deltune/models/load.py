@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deltune import tables
-from deltune.errors import ModelError
+from deltune.errors import DeltuneError, ModelError
 from deltune.log import logger
 from deltune.models import attention, quantise, recompute, vocabulary
 from deltune.models import folder as folders
@@ -158,7 +158,10 @@ def _read(architecture: PretrainedConfig, folder: Path, config: ModelConfig, whe
             **({} if quant is None else {"quantization_config": quantise.while_read(quant)}),
         )
     if quant is not None:
-        info["mismatched_keys"].update(quantise.forget_reader(model))
+        try:
+            info["mismatched_keys"].update(quantise.forget_reader(model))
+        except DeltuneError as error:
+            raise ModelError(f"{where}: {error}") from None
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"], key=lambda item: item[0])[0]
         raise ModelError(

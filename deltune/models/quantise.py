@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltune.errors import ModelError
+from deltune.errors import DeltuneError, ModelError
 from deltune.models.config import EightBit, FourBit, QuantConfig
 from deltune.weights import is_quantised, quantise
 
@@ -106,8 +106,11 @@ def while_read(quant: EightBit) -> Any:
 
 def forget_reader(model: PreTrainedModel) -> list[tuple[str, torch.Size, torch.Size]]:
     """Take off what transformers wrote on a model that `while_read` quantised: to everything else it is a plain model.
-    Returns weights of another shape than the model's: name, shape in the file, shape in the model."""
-    mismatched = model.hf_quantizer.mismatched
+    Returns weights of another shape than the model's: name, shape in the file, shape in the model. Raises DeltuneError for
+    values that cannot be quantised."""
+    mismatched, unfit = model.hf_quantizer.mismatched, model.hf_quantizer.unfit
+    if unfit:
+        raise DeltuneError(unfit[0])
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
@@ -136,7 +139,11 @@ def _quantiser() -> tuple[type, type]:
                 if weight.shape != module.weight.shape:  # transformers compares no shape of what it hands over here
                     self.reader.mismatched.append((name, weight.shape, module.weight.shape))
                     weight = torch.zeros(module.weight.shape, dtype=weight.dtype)
-                result[name] = codes_of(weight, module, self.reader.quantization_config.quant)
+                try:
+                    result[name] = codes_of(weight, module, self.reader.quantization_config.quant)
+                except DeltuneError as error:  # transformers would tell no more than that there was one
+                    self.reader.unfit.append(f"{name}: {error}")
+                    result[name] = weight
             return result
 
     class Reader(HfQuantizer):
@@ -144,6 +151,7 @@ def _quantiser() -> tuple[type, type]:
 
         def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
             self.mismatched: list[tuple[str, torch.Size, torch.Size]] = []
+            self.unfit: list[str] = []
             self.chosen = layers(model, self.quantization_config.quant)
 
         def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
