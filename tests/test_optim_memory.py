@@ -23,6 +23,7 @@ from deltune.optim.groups import parameter_groups
 from deltune.optim.kernels import Kernels
 from deltune.optim.moments import CHUNK, Moments, Place
 from deltune.settings import run_from
+from deltune.weights.codes import dynamic_levels
 
 CPU = torch.device("cpu")
 NAMES = sorted(KINDS)
@@ -58,7 +59,7 @@ def take_steps(made, optimizer, num, seed=1):
 def test_the_code_values_are_bitsandbytes_dynamic_map(signed):
     from bitsandbytes.functional import create_dynamic_map
 
-    assert torch.equal(blockwise.code_values(signed, CPU), create_dynamic_map(signed=signed))
+    assert torch.equal(dynamic_levels(CPU, signed), create_dynamic_map(signed=signed))
 
 
 @pytest.mark.parametrize("signed", [True, False])

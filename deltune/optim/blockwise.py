@@ -14,29 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from deltune.weights.codes import dynamic_levels
+
 BLOCK = 256
-DECADES = 7
-
-
-@cache
-def code_values(signed: bool, device: torch.device) -> Tensor:
-    """The 256 numbers that codes stand for, rising, float32: of either sign up to 1, or (not `signed`) 0 and above.
-
-    Decade i of seven, from 10^(i-6) down to a tenth of it, is cut into 2^i equal parts (twice as many without a sign),
-    of which each gives its middle; 0 and 1 complete the set.
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for decade in range(DECADES):
-        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1)
-        middles = 10.0 ** (decade + 1 - DECADES) * ((edges[:-1] + edges[1:]) / 2)
-        values += [middles, -middles] if signed else [middles]
-    return torch.cat(values).sort().values.to(device)
 
 
 @cache
 def _borders(signed: bool, device: torch.device) -> Tensor:
     """Half way from each code value to the next [255]."""
-    values = code_values(signed, device)
+    values = dynamic_levels(device, signed)
     return (values[1:] + values[:-1]) / 2
 
 
@@ -58,5 +44,5 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, largest: Tensor, signed: bool) -> Tensor:
     """float32 values [n] of codes [n] and their blocks' magnitudes [b]."""
-    values = code_values(signed, codes.device)[codes.int()]
+    values = dynamic_levels(codes.device, signed)[codes.int()]
     return values * largest.repeat_interleave(BLOCK)[: len(codes)]

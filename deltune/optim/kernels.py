@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltune.optim.blockwise import code_values
 from deltune.optim.moments import Place
+from deltune.weights.codes import dynamic_levels
 
 SMALLEST_PAGED = 100_000  # values; below, a page would hold several tensors
 NAMES = {"adamw": "adam", "lion": "lion"}  # its adam decays weights apart from the gradient
@@ -66,7 +66,7 @@ class Kernels(Place):
             return None
         two = moments[1] is not None
         functional.optimizer_update_8bit_blockwise(
-            **common, qmap1=code_values(True, parameter.device), qmap2=code_values(False, parameter.device) if two else None,
+            **common, qmap1=dynamic_levels(parameter.device), qmap2=dynamic_levels(parameter.device, False) if two else None,
             absmax1=state["largest1"], absmax2=state.get("largest2"),
         )  # fmt: skip
         return None

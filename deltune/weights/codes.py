@@ -116,14 +116,15 @@ def dequantise_4bit(codes: Tensor, scales: Tensor, kind: str, block_size: int, o
 
 
 @cache
-def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
+def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
     """The values of the 256 dynamic 8-bit codes [256] in float32, rising: sign, a decimal exponent, and a fraction whose
-    bits are those that the exponent leaves."""
+    bits are those that the exponent leaves. Without a sign the fraction has its bit."""
     positive = []
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
         positive += (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    return torch.tensor(sorted([0.0, 1.0, *positive, *(-value for value in positive)]), device=device)
+    negative = [-value for value in positive] if signed else []
+    return torch.tensor(sorted([0.0, 1.0, *positive, *negative]), device=device)
 
 
 @cache
