@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # settings that change no answer: where it is kept, how fast it comes, and what stands in the record by its content
 CHANGES_NOTHING = (
     "run", "adapter", "data", "engine", "fast", "exact_match", "metrics", "micro_batch", "out", "against", "limit",
-    "task", "task_data", "protocol", "likelihood", "shots", "shots_data", "seed", "template", "max_new_tokens",
+    "task", "task_data", "protocol", "likelihood", "shots", "shots_data", "seed", "template", "permute", "max_new_tokens",
 )  # fmt: skip
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, to tell it from another of its size
 
@@ -45,6 +45,7 @@ class Exam:
 def read(config: TaskConfig, name: str, seed: int) -> Exam:
     """ConfigError or DataError where there is no such task, template or file, or no exemplars."""
     from deltune.evaluation.tasks.catalogue import TASKS
+    from deltune.evaluation.tasks.item import permuted
     from deltune.evaluation.tasks.run import Way
     from deltune.evaluation.tasks.store import fingerprint
     from deltune.evaluation.tasks.templates import template_named
@@ -54,6 +55,8 @@ def read(config: TaskConfig, name: str, seed: int) -> Exam:
     protocol = task.protocols[0] if config.protocol == "auto" else config.protocol
     way = Way(template, protocol, config.shots, config.likelihood, config.max_new_tokens, seed)
     items = task.read(Path(config.data))
+    if config.permute is not None:
+        items = [permuted(item, config.permute) for item in items]
     made_of = {"task": config.task, "items": fingerprint(items), "protocol": protocol, "template": asdict(template), "shots": config.shots}
     if config.shots:
         made_of |= {"exemplars": fingerprint(pool_of(config, task)), "seed": seed}

@@ -22,7 +22,7 @@ def of_task(name: str) -> Any:
 
 
 # what `task` alone gives a meaning to
-OF_TASKS = ("task_data", "protocol", "likelihood", "shots", "shots_data", "template", "seed", "limit", "against")
+OF_TASKS = ("task_data", "protocol", "likelihood", "shots", "shots_data", "template", "permute", "seed", "limit", "against")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class EvalSettings(Trained):
     shots: int = of_task("shots")
     shots_data: str | None = of_task("shots_data")
     template: str | None = of_task("template")
+    permute: int | None = of_task("permute")
     seed: int = option(42, "Seed of examples from other groups than the question's own, where its own are too few.", ge=0)
     limit: int | None = of_task("limit")
     against: str | None = option(None, "The `out` of another evaluation of the same tasks: differences, with a paired test.")
@@ -58,7 +59,7 @@ class EvalSettings(Trained):
         return [
             TaskConfig(
                 task, data, protocol=self.protocol, likelihood=self.likelihood, shots=self.shots, shots_data=self.shots_data,
-                template=self.template, limit=self.limit, max_new_tokens=self.max_new_tokens,
+                template=self.template, permute=self.permute, limit=self.limit, max_new_tokens=self.max_new_tokens,
             )
             for task, data in zip(self.task, self.task_data, strict=True)
         ]  # fmt: skip

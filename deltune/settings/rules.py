@@ -210,6 +210,8 @@ def task_rules(task: TaskConfig) -> Iterator[str]:
         yield f"max_new_tokens has no effect with protocol={protocol}: nothing is generated"
     if task.shots == 0 and changed(task, "shots_data"):
         yield "shots_data has no effect with shots=0"
+    if allowed == ("generation",) and changed(task, "permute"):
+        yield f"permute has no effect on {task.task}, whose questions have no choices"
 
 
 def record_rules(run: Run) -> Iterator[str]:

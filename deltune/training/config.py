@@ -32,6 +32,7 @@ class TaskConfig:
     shots: int = option(0, "Solved examples before each question.", ge=0)
     shots_data: str | None = option(None, "File or folder that the examples come from; null takes those that the data brings.")
     template: str | None = option(None, "Prompt template: `deltune list templates`, or a file of your own; null takes the task's.")
+    permute: int | None = option(None, "Seed of an order drawn for each question's choices, its answer moved along; null leaves them as the data has them.", ge=0)
     limit: int | None = option(None, "So many items only, spread evenly over all.", gt=0)
     max_new_tokens: int = option(64, "With protocol=generation: longest generated answer.", gt=0, unit="tokens")
 
