@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ def matrices(model: nn.Module, names: Sequence[str]) -> dict[str, Adapted]:
     for place, wrapper in wrappers(model):
         for name in [name for name in names if name in wrapper.adapters and not isinstance(wrapper, TrainedCopy)]:
             delta = wrapper.adapters[name]
+            if delta.beside_method:
+                continue
             method = f"{place}: adapter {name} ({name_of(delta.config)})"
             why = delta.no_matrix(delta.config)
             if why:
@@ -161,6 +163,7 @@ def attach_lora(
     if new_name in adapters(model):
         raise AdapterError(f"the model has an adapter {new_name!r} already; detach it, or give this one another name")
     copies = _copies(model, sources)
+    rows, tables = _rows(model, sources)
     unmerge(model)
     made: dict[str, Factors] = {}
     lost: dict[str, tuple[float, float]] = {}  # ‖ΔW - BA‖², ‖ΔW‖²
@@ -174,12 +177,15 @@ def attach_lora(
     before = active(model)
     switch(model, [])
     try:
-        prepared = prepare(model, config_for(model, ranks, list(copies), dtype), new_name)
-        for place, delta in prepared.deltas.items():
-            delta.lora_B.copy_(made[place][0])
-            delta.lora_A.copy_(made[place][1])
+        prepared = prepare(model, replace(config_for(model, ranks, list(copies), dtype), trainable_token_indices=rows), new_name)
+        for place, (B, A) in made.items():
+            prepared.deltas[place].lora_B.copy_(B)
+            prepared.deltas[place].lora_A.copy_(A)
         for place, copied in prepared.copies.items():
             copied.load_state_dict(copies[place].state_dict())
+        for place, delta in prepared.deltas.items():
+            if delta.beside_method:
+                delta.shared.rows.copy_(tables[place])
         install(model, prepared, trainable=trainable)
     finally:
         switch(model, before)
@@ -216,6 +222,18 @@ def _copies(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
             if held:
                 found[place] = wrapper.adapters[held[0]]
     return found
+
+
+def _rows(model: nn.Module, names: Sequence[str]) -> tuple[list[int] | dict[str, list[int]], dict[str, Tensor]]:
+    """Which tokens' rows the adapters train beside their methods, as their config has it, and the rows by table."""
+    there = adapters(model)
+    held = [name for name in names if there[name].trainable_token_indices]
+    if len(held) > 1:
+        raise AdapterError(f"adapters {' and '.join(held)} each train rows of single tokens, and these cannot be combined into one")
+    if not held:
+        return [], {}
+    parts = {place: wrapper.adapters[held[0]] for place, wrapper in wrappers(model) if held[0] in wrapper.adapters}
+    return there[held[0]].trainable_token_indices, {place: p.shared.rows for place, p in parts.items() if isinstance(p, Delta) and p.beside_method}
 
 
 def _squares(change: Tensor, B: Tensor, A: Tensor) -> tuple[float, float]:

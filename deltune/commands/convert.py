@@ -39,6 +39,8 @@ def convert(settings: ConvertSettings) -> Converted:
     with opened(settings, as_stored=True) as it:
         made = to_lora(it.model, rank=settings.rank, svd=settings.svd)
         save_adapter(it.model, out, name=made.name, base=settings.model.path)
+        if settings.model.tokenizer is not None and Path(settings.model.tokenizer) == Path(settings.adapter):
+            it.tokenizer.save_pretrained(out)  # the adapter brings tokens of its own
     return made
 
 

@@ -27,17 +27,21 @@ def description(run: Any, engine: Any, data: Any, model: Any, batching: Any) -> 
         "data": data.report.to_dict(),
         "batching": str(batching),
         **({"quantised": quantised} if quantised else {}),
-        **({} if run.adapter is None or run.result == "model" else {"adapter": adapter(run.adapter)}),
+        **({} if run.adapter is None or run.result == "model" else {"adapter": adapter(run, model)}),
     }
 
 
-def adapter(config: Any) -> dict[str, Any]:
-    """The method by its name, the library that reads its file, and whether it can be merged."""
+def adapter(run: Any, model: Any) -> dict[str, Any]:
+    """The method by its name, the library that reads its file, whether it can be merged, and where tokens were added the
+    rows that its base has with them."""
+    from deltune.adapters.attach import adapters
     from deltune.adapters.config import name_of
     from deltune.adapters.files.peft import OWN, form_for
 
+    config = adapters(model)["default"]  # with the rows of new tokens
     library = "deltune" if form_for(config).type.startswith(OWN) else "peft"
-    return {"method": name_of(config), "library": library, "merges": not config.delta_class().no_matrix(config)}
+    rows = {"rows": model.config.get_text_config().vocab_size} if run.model.has_new_rows else {}
+    return {"method": name_of(run.adapter), "library": library, "merges": not config.delta_class().no_matrix(config)} | rows
 
 
 def versions() -> dict[str, str]:

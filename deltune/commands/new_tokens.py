@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def set_moving(run: Run, model: PreTrainedModel) -> None:
     """Attach the run's adapter, or choose the model's own parameters, and start the rows of new tokens. On the meta device
     there is nothing to start."""
-    from deltune.models.load import new_vocabulary
+    from deltune.models.load import new_vocabulary, originals
     from deltune.models.select import select_trainable
 
     new = new_vocabulary(run.model)
@@ -30,7 +31,7 @@ def set_moving(run: Run, model: PreTrainedModel) -> None:
         from deltune.adapters.attach import attach
 
         config = run.adapter if new is None else with_rows(run.adapter, model, new.ids)
-        attach(model, config, seed=run.seed)
+        attach(model, config, seed=run.seed, originals=None if run.quant.name == "none" else originals(run.model))
     if new is not None and model.device.type != "meta":
         start(run, model, new)
 
@@ -78,6 +79,31 @@ def start(run: Run, model: PreTrainedModel, new: Growth) -> None:
             logger.warning("rows of new tokens stay as they start: model.enable and model.disable freeze the %s", "input embeddings" if name == "input" else "output head")
         table.weight.data[list(new.ids)] = rows.to(table.weight)
     logger.info("%d rows for %d new tokens, which start by model.new_rows=%s; the model has %d rows now", len(new.ids), len(new.texts), run.model.new_rows, new.size)
+
+
+def record(run: Run) -> None:
+    """Write down which tokens the run adds; CheckpointError if it has begun with others, as a file of them may have changed."""
+    from deltune.errors import CheckpointError
+    from deltune.models.load import new_vocabulary
+    from deltune.weights import replacing
+
+    new = new_vocabulary(run.model)
+    if new is None:
+        return
+    now = {str(i): text for i, text in sorted(new.texts.items())}
+    file = run.folder / "new_tokens.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = next((i for i in sorted({*before, *now}, key=int) if before.get(i) != now.get(i)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{run.folder}: holds a run with other new tokens: id {other} is {before.get(other)!r} there, {now.get(other)!r} now. "
+                "What fits: the same tokens, or another name=..."
+            )
+        return
+    text = (json.dumps(now, indent=0, ensure_ascii=False) + "\n").encode("utf-8")
+    with replacing(file, len(text)) as temporary:
+        temporary.write_bytes(text)
 
 
 def save_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

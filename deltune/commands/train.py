@@ -135,12 +135,14 @@ class Session:
 
     def load_data(self) -> None:
         """Tasks, tokenizer and tokens; rank 0 first, so that the others find its cache."""
+        from deltune.commands import new_tokens
         from deltune.commands.tasks import Exams
         from deltune.data.prepare import prepare
         from deltune.models.load import load_tokenizer
 
         self.exams = Exams(self.run)
         self.tokenizer = load_tokenizer(self.run.model)
+        dist.on_main(lambda: new_tokens.record(self.run))
         if dist.is_main():
             self.data = prepare(self.run.data, self.tokenizer, folder=self.run.folder)
         dist.barrier()

@@ -51,12 +51,14 @@ def loading_code(run: records.Records) -> list[tuple[str, str]]:
         begin = "from deltune.models.folder import BUNDLED as base  # the tiny model inside the deltune package\n"
     else:
         begin = f"base = {base!r}\n"
-    begin += "model = AutoModelForCausalLM.from_pretrained(base)\ntokenizer = AutoTokenizer.from_pretrained(base)\n"
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     adapter = f"{folder}/adapter"
     facts = _adapter(run)
+    own_tokenizer = (run.folder / "adapter" / "tokenizer_config.json").is_file()
+    begin += f"model = AutoModelForCausalLM.from_pretrained(base)\ntokenizer = AutoTokenizer.from_pretrained({repr(adapter) if own_tokenizer else 'base'})\n"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    longer = f"model.resize_token_embeddings({facts['rows']}, mean_resizing=False)  # the adapter has the new rows\n" if facts.get("rows") else ""
     ways = [
-        ("With PEFT", f"from peft import PeftModel\n{imports}\n{begin}model = PeftModel.from_pretrained(model, {adapter!r})\n"),
+        ("With PEFT", f"from peft import PeftModel\n{imports}\n{begin}{longer}model = PeftModel.from_pretrained(model, {adapter!r})\n"),
         ("With Deltune", f"import deltune\n{imports}\n{begin}deltune.load_adapter(model, {adapter!r})\n"),
         ("With Deltune's commands", commands + (f"deltune merge run={place} out=merged\n" if facts.get("merges", True) else "")),
     ]
@@ -64,7 +66,7 @@ def loading_code(run: records.Records) -> list[tuple[str, str]]:
 
 
 def _adapter(run: records.Records) -> dict[str, Any]:
-    """What is known of the adapter: `method`, `library` that reads its file, `merges`."""
+    """What is known of the adapter: `method`, `library` that reads its file, `merges`, and with new tokens the `rows` of its base."""
     known = run.description.get("adapter")
     return known if isinstance(known, dict) else {}
 
