@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 
 from deltune.data.config import Source
-from deltune.data.read import MAX_ROW_BYTES, read
+from deltune.data.read import MAX_ROW_BYTES, Cursor, read
 from deltune.data.sources import identify, resolve
 from deltune.errors import DataError
 
@@ -211,6 +211,28 @@ def test_a_name_that_leads_nowhere_shows_what_is_there(tmp_path, name, reason):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=reason):
         resolve([str(tmp_path / name)], "data.train")
+
+
+def test_lists_of_torch_are_read_as_plain_data_where_they_are_named(tmp_path):
+    import torch
+
+    path, other = tmp_path / "shard.pt", tmp_path / "code.pt"
+    torch.save([{"inputs": "a", "targets": "b"}] * 3, path)
+    assert rows_of(path) == [(i, {"inputs": "a", "targets": "b"}) for i in range(3)]
+    assert [r.number for r in read(identify(path), Cursor(0, 2))] == [2] and identify(path).where(2) == f"{path}[2]"
+    torch.save([Code()], other)
+    with pytest.raises(DataError, match="cannot be read as plain data"):
+        rows_of(other)
+    torch.save({"a": 1}, other)
+    with pytest.raises(DataError, match="holds dict; expected a list of rows"):
+        rows_of(other)
+    with pytest.raises(DataError, match="no data files below"):
+        resolve([str(tmp_path)], "data.train")
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must not run",))
 
 
 def test_hub_data_sets_come_through_the_optional_library(monkeypatch):

@@ -147,6 +147,8 @@ def identify(path: Path, format: str | None = None) -> File:
         if gzipped:
             raise DataError(f"{path}: a Parquet file inside gzip; unpack it")
         return _said(path, "parquet", extension)
+    if extension == ".pt":
+        return File(str(path), "torch")  # only where it is named: in a folder it may be anything
     if head[:4] == b"PK\x03\x04":
         raise DataError(f"{path} is a zip archive or spreadsheet; unpack it, or save it as CSV or JSONL")
     kind = KINDS.get(extension)
