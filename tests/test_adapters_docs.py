@@ -22,7 +22,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["python", "sh", "python", "python", "python", "python", "python"]
+    assert [kind for kind, _ in blocks] == ["python", "sh", "python", "python", "python", "python", "python", "python"]
     for kind, text in blocks:
         if kind == "python":
             exec(compile(text, "docs/adapters.md", "exec"), names)

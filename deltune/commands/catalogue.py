@@ -25,7 +25,7 @@ Legend: W is a layer's frozen weight, out×in; x its input; ΔW what the method 
 - **Trained**: numbers trained on the linear layers of Llama 3 8B (32 blocks; q, k, v, o, gate, up, down), with the method's own defaults.
 - **Merges**: whether ΔW can be folded into W, so that the adapted model costs nothing more.
 - **PEFT**: the `peft_type` of the file, which PEFT reads and writes alike; – is our own type in the same container.
-- **Reads W**: *start*: once, when it is attached, and what it found is saved; *each step*: in every forward pass, so a quantised base is dequantised each time; –: never. Bases that are quantised come with a later version; this says what a method will ask of one.
+- **Reads W**: *start*: once, when it is attached, and what it found is saved; *start, out*: its start is a part of W and is taken out of it, which a quantised layer is rounded without ([quantised bases](adapters.md#quantised-bases)); *each step*: in every forward pass, so that a quantised weight's values are formed once more (for the norms of magnitude a block of rows at a time); –: never. Every method runs on a quantised base.
 - **Step**: time of a training step relative to plain LoRA measured beside it, on a base in bfloat16 and in float32; in brackets PEFT's own form of the method, relative to our LoRA too. **Memory**: bytes held for the backward pass in bfloat16, relative to LoRA. Measured by `python -m benchmarks.methods_step` ({setting}).
 - **Start**: 0 if the adapted model is the base model to the bit; else the largest relative change of the tests' toy model.
 """
@@ -105,24 +105,29 @@ def _row(method: Method, costs: dict[str, dict[str, float] | None], llama: Any) 
     delta = config.delta_class()
     attach(llama, config)
     trained = sum(parameter.numel() for parameter in trainable(llama).values())
-    reads = "each step" if delta.reads_base or config.magnitude else "start" if _start_reads(llama) else "–"
+    reads = [_start_reads(llama)] if _start_reads(llama) else []
+    reads += ["each step"] if delta.reads_base or config.magnitude else []
     detach(llama)
     form, short = form_for(config).type, costs.get("bfloat16")
     cells = [
         f"`{method.name}`", _link(method.paper), _escaped(method.formula), f"{trained:,}", "yes" if delta.mergeable else "no",
-        "–" if form.startswith(OWN) else form, reads,
+        "–" if form.startswith(OWN) else form, "; ".join(reads) or "–",
         *(_step(costs.get(dtype)) for dtype in MEASURED), f"{short['held_memory']:.2f}" if short else "–", f"{method.start:g}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _start_reads(llama: Any) -> bool:
+def _start_reads(llama: Any) -> str:
+    """What the start of the adapter on this model does with W, in the page's words; empty if it does not look at it."""
     from deltune.adapters.delta import Delta
+    from deltune.adapters.magnitude import Magnitude
     from deltune.adapters.wrapper import wrappers
 
-    deltas = [part for _, wrapper in wrappers(llama) for part in wrapper.adapters.values() if isinstance(part, Delta)]
-    banks = [bank for delta in deltas for bank in delta.banks_held()]
-    return any(part.starts_from_base for part in [*deltas, *banks])
+    parts = [part for _, wrapper in wrappers(llama) for part in wrapper.adapters.values() if isinstance(part, Delta)]
+    deltas = [part.inner if isinstance(part, Magnitude) else part for part in parts]  # magnitude itself reads W in each step
+    if any(delta.starts_from_original and delta.taken_out() is not None for delta in deltas):
+        return "start, out"
+    return "start" if any(part.starts_from_base for part in [*deltas, *(bank for delta in deltas for bank in delta.banks_held())]) else ""
 
 
 def _link(paper: str) -> str:

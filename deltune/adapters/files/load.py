@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltune.adapters.adapted import Taken
 from deltune.adapters.attach import Prepared, install, looked_at, prepare, unmerge
 from deltune.adapters.config import ADAPTERS, AdapterConfig, OverTime, complaint
+from deltune.adapters.delta import Delta
 from deltune.adapters.files.identity import COARSER, base_tensors, difference, identity
 from deltune.adapters.files.peft import (
     CONFIG_FILE,
@@ -76,7 +77,7 @@ def load_adapter(
         read = read_config(model, fields)
         prepared = prepare(model, _as_recorded(read, record.get("config") or {}, fields), name)
     with _at(folder / TENSOR_FILE):
-        _fill(model, prepared, _completed(prepared, fields, tensors))
+        _fill(model, prepared, _completed(prepared, fields, tensors, originals))
     with _at(folder / SIDECAR):
         _take_out(model, prepared, record, originals, any_base)
     install(model, prepared, trainable=trainable)
@@ -203,15 +204,22 @@ def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _completed(prepared: Prepared, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors with what its method can work out from the base and does not store."""
+def _completed(prepared: Prepared, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], originals: Originals | None) -> dict[str, Tensor]:
+    """The file's tensors with what its method can work out from the base and does not store. Of a quantised layer that is its
+    weight before it was rounded, where there is one to be had."""
+
+    def looked(place: str, delta: Delta) -> Tensor:
+        module = prepared.places[place]
+        exact = exact_weight(module, place, originals) if originals is not None and is_quantised(module) else None
+        return looked_at(module, delta, exact)
+
     form = format_of(fields)[1]
     complete = form.complete
     whole = {key: tensor for key, tensor in tensors.items() if not (key.endswith(form.idle) and not tensor.any())}
     for place, delta in prepared.deltas.items() if complete else ():
         head = f"{PREFIX}{place}."
         own = {leaf: tensors[head + leaf] for leaf in delta.to_file() if head + leaf in tensors}
-        found = complete(fields, delta, own, functools.partial(looked_at, prepared.places[place], delta))
+        found = complete(fields, delta, own, functools.partial(looked, place, delta))
         whole.update({head + leaf: tensor for leaf, tensor in found.items()})
     return whole
 
