@@ -150,3 +150,15 @@ def test_losses_do_not_depend_on_what_pads():
         found = [model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits for b in (pad(examples, tokenizer.eos_token_id), pad(examples, 7))]
     mask = pad(examples, 7).attention_mask.bool()
     assert torch.equal(found[0][mask], found[1][mask])
+
+
+def test_guanacos_preset_trains_the_text_of_the_paper(tmp_path):
+    from deltune.settings import Run, load
+
+    data = load(Run, ["preset=guanaco_7b"]).data
+    assert data.train == ["oasst1"]
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "### Human: Hi### Assistant: Yo### Human: Bye### Assistant: See you"}])
+    own = {name: getattr(data, name) for name in ("template", "prefix", "postfix", "train_on_source", "max_length")}
+    tokenizer = tiny_tokenizer()
+    (text,) = all_marked(prepared(file, tokenizer, format="oasst1", **own).train, tokenizer)
+    assert text == "#«## Human: Hi### Assistant: Yo</s>### Human: Bye### Assistant: See you</s>»"
