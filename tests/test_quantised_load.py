@@ -13,9 +13,11 @@ from torch import nn
 
 from deltune import weights
 from deltune.commands.arithmetic import of_run
+from deltune.commands.estimate import stored_bytes
 from deltune.errors import ConfigError, ModelError
 from deltune.models import quantise
 from deltune.models.config import EightBit, FourBit, ModelConfig, QuantConfig
+from deltune.models.dry_run import dry_run
 from deltune.models.load import empty, load, originals
 from deltune.settings import EvalSettings, load_run
 from deltune.settings.words import load as load_settings
@@ -142,6 +144,21 @@ def test_without_memory_shapes_types_and_bytes_are_the_same(tiny_folder):
         described = [[(name, p.shape, p.dtype, weights.stored_bytes(p), type(p)) for name, p in m.named_parameters()] for m in (model, shadow)]
         assert described[0] == described[1]
         assert all(p.is_meta for p in shadow.parameters())
+
+
+def test_an_account_of_a_step_knows_codes_and_the_values_of_one_layer(tiny_folder):
+    def parts(quant: QuantConfig) -> tuple[int, dict[str, float]]:
+        model = empty(ModelConfig(path=str(tiny_folder)), quant=quant)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        return stored_bytes(model), dry_run(model, batch=2, seq=16).parts
+
+    (plain_bytes, plain), (coded_bytes, coded) = parts(QuantConfig()), parts(FourBit())
+    num_quantised = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 64 * 32)
+    assert plain_bytes - coded_bytes == pytest.approx(num_quantised * (4 - 0.5159), rel=0.01)
+    assert plain["weight_copies"] == 0 and coded["weight_copies"] in (0, 64 * 32 * 4)  # at the worst moment, which may be another's
+    assert coded["activations"] == plain["activations"]
+    assert sum(coded.values()) <= sum(plain.values()) + 64 * 32 * 4
 
 
 def test_files_that_do_not_fit_are_named(tiny_folder, tmp_path):

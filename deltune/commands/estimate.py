@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltune import weights
 from deltune.commands import fast
 from deltune.commands.arithmetic import meant, of_run
 from deltune.commands.survey import ROUND, MicroBatches, Survey, micro_batches
@@ -42,7 +43,7 @@ def shapes_of(run: Run) -> PreTrainedModel:
     from deltune.models.load import empty
 
     compiled = run.model.attention in ("flash_attention_2", "flex_attention")
-    model = empty(replace(run.model, attention="sdpa") if compiled else run.model, fast=run.fast == "auto")
+    model = empty(replace(run.model, attention="sdpa") if compiled else run.model, fast=run.fast == "auto", quant=run.quant)
     of_run(run, model, pick_device(run.engine.device))
     set_moving(run, model)
     if run.fast == "auto":
@@ -58,7 +59,7 @@ def shapes_for(run: Run, found: Survey, batching: str) -> MicroBatches:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return sum(map(weights.stored_bytes, (*model.parameters(), *model.buffers())))
 
 
 def trained_bytes(model: torch.nn.Module) -> int:

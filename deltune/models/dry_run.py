@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from deltune.errors import ModelError
 from deltune.models.head import Head, describe, summed_loss
 from deltune.models.recompute import apply as apply_recompute
+from deltune.weights import is_quantised, stored_bytes
 
 SMALL = 1 << 25  # bytes of the largest block that glibc keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 PARTS = ("gradients", "weight_copies", "activations", "logits")
@@ -169,6 +170,7 @@ class _Account(TorchDispatchMode):
             if _storage(tensor) not in sources:
                 self._born(tensor, self._part(tensor, sources))
         if func._schema.is_mutable or any(_storage(t) not in sources for t in made):  # else it is only a view
+            self._held_for_now(sum(t.numel() * t.element_size() for t in read if is_quantised(t)))
             self._ran(func, args, kwargs, out, read, made)
         return out
 
@@ -176,7 +178,15 @@ class _Account(TorchDispatchMode):
         formula = FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         dtype = made[0].dtype if made else torch.float32
-        self.kernels.append(Kernel(int(flops), dtype, sum(t.numel() * t.element_size() for t in (*read, *made))))
+        codes = [t for t in read if is_quantised(t)]  # read, and their values written, before these are read like any others
+        moved = sum(t.numel() * t.element_size() for t in (*read, *made, *codes)) + sum(map(stored_bytes, codes))
+        self.kernels.append(Kernel(int(flops), dtype, moved))
+
+    def _held_for_now(self, size: int) -> None:
+        """Note memory that is there during one operation: the values of a quantised weight."""
+        if size and sum(self.held.values()) + size > sum(self.at_peak.values()):
+            self.at_peak = self.held | {"weight_copies": self.held["weight_copies"] + size}
+            self.small_at_peak = self.small
 
     def _part(self, tensor: Tensor, sources: set[int]) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == self.vocab:
@@ -186,7 +196,7 @@ class _Account(TorchDispatchMode):
         return "weight_copies" if sources and sources <= self.weights else "activations"
 
     def _born(self, tensor: Tensor, part: str) -> None:
-        storage = tensor.untyped_storage()
+        storage = (tensor.codes if is_quantised(tensor) else tensor).untyped_storage()
         key, size = _storage(tensor), storage.nbytes()
         if key in self.alive or key in self.weights:
             return
@@ -204,7 +214,7 @@ class _Account(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return (tensor.codes if is_quantised(tensor) else tensor).untyped_storage()._cdata
 
 
 def _grouped_flops(rows: Tensor, experts: Tensor, *_: Any, **__: Any) -> int:

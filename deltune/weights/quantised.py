@@ -224,6 +224,8 @@ def stored_bytes(tensor: Tensor) -> int:
 def _values(tensor: QuantisedTensor, dtype: torch.dtype, *, for_now: bool = False) -> Tensor:
     """The values in `dtype`; those `for_now` may lie in memory that the next of its kind uses again."""
     shape = tensor.stored_shape
+    if tensor.is_meta:
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
     out = None
     if tensor.kind != "int8":
         scales = _scales(tensor)
