@@ -137,7 +137,7 @@ def test_an_adapter_on_a_quantised_base_is_saved_merged_and_taken_off(method, tm
 
 # ---------------------------------------------------------------- starts that are taken out of W
 
-RESIDUAL = ["pissa", "milora", "olora", "loftq", "dude", "psoft", "kasa", "osf", "melora"]
+RESIDUAL = ["pissa", "milora", "olora", "loftq", "dude", "psoft", "kasa", "melora"]
 residual = pytest.mark.parametrize("method", RESIDUAL)
 
 

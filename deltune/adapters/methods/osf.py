@@ -140,9 +140,6 @@ class Osf(Delta):
         """U, Σ, V, whose gradients stay off the kept triplets."""
         return _KeptOff.apply(self.U_low, self.U_high), self.S_low, _KeptOff.apply(self.V_low.mT, self.V_high.mT).mT
 
-    def taken_out(self) -> tuple[Tensor, Tensor, float]:
-        return self.U_first * self.S_first, self.V_first, 1.0
-
     def product(self) -> tuple[Tensor, Tensor, float]:
         U, S, V = self.trained()
         return torch.cat([U * S, -self.U_first * self.S_first], dim=1), torch.cat([V, self.V_first]), 1.0
