@@ -68,18 +68,18 @@ def lengthen(model: nn.Module, size: int) -> None:
 
 
 def _check(model: nn.Module, embedding: nn.Module, head: nn.Module | None, size: int) -> None:
-    for what, module, kind in (("input embeddings", embedding, nn.Embedding), ("output head", head, nn.Linear)):
+    for what, module, kind in (("input embedding", embedding, nn.Embedding), ("output head", head, nn.Linear)):
         if module is None:
             continue
         if not isinstance(module, kind):
-            raise ModelError(f"the {what} are a {type(module).__name__}, which cannot be given more rows: that goes before any adapter, and for {kind.__name__}")
+            raise ModelError(f"the {what} is a {type(module).__name__}, which cannot be given more rows: that goes before any adapter, and for {kind.__name__}")
         if type(module.weight.detach()) is not Tensor:
             raise ModelError(
-                f"the {what} cannot be given more rows, for they are quantised. What fits: quant.skip with the names of "
-                "embeddings and head, as it has by default"
+                f"the {what} cannot be given more rows, for its weight is quantised. What fits: a base whose embeddings and head are "
+                "as they were, as quant=nf4 leaves it"
             )
         if len(module.weight) > size:
-            raise ModelError(f"the {what} have {len(module.weight)} rows already, more than {size}")
+            raise ModelError(f"the {what} has {len(module.weight)} rows already, more than {size}")
     if head is not None and len(head.weight) != len(embedding.weight):
         raise ModelError(f"the input embeddings have {len(embedding.weight)} rows and the output head {len(head.weight)}: it is not told which rows a new token gets")
     other = next((name for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "token" in name and m is not embedding), None)
