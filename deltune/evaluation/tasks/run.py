@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LIKELIHOODS = ("sum", "tokens", "bytes")
+TAIL = 32  # characters of a prompt, at least, that are encoded again with each option: no token reaches over so many
 ROUND_TOKENS = 1 << 15  # that a rank computes between two times that answers are gathered and kept
 
 
@@ -100,29 +101,55 @@ def questions(
 
 def _encoded(items: Sequence[Item], shots: Sequence[Sequence[Item]], way: Way, tokenizer: Any) -> list[Question]:
     """Prompt and options split where the tokens of all that may follow the prompt begin to differ from the prompt's own."""
-    texts, places, answers = [], [], []
-    for item, exemplars in zip(items, shots, strict=True):
-        before = prompt(item, way.template, exemplars, way.protocol)
-        after = [] if way.protocol == "generation" else options(item, way.template, way.protocol)
-        places.append(len(texts))
-        answers.append(after)
-        texts += [before, *(before + option for option in after)]
+    befores = [prompt(item, way.template, exemplars, way.protocol) for item, exemplars in zip(items, shots, strict=True)]
+    afters = [[] if way.protocol == "generation" else options(item, way.template, way.protocol) for item in items]
     begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    ids = [begin + row for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
     found = []
-    for item, exemplars, place, after in zip(items, shots, places, answers, strict=True):
-        own, whole = ids[place], ids[place + 1 : place + 1 + len(after)]
+    for item, exemplars, after, (own, whole) in zip(items, shots, afters, _tokens(befores, afters, tokenizer), strict=True):
         # a token that an option shares with the end of the prompt belongs to the options: all are then compared from there
         first = min((_common(own, one) for one in whole), default=len(own))
-        if first == 0 or any(len(one) == first for one in whole):
+        if len(begin) + first == 0 or any(len(one) == first for one in whole):
             raise DataError(f"{item.id}: the prompt or one of its options has no token of its own.")
         num_bytes = [len(option.encode()) for option in after]
-        found.append(Question(item, own[:first], [one[first:] for one in whole], num_bytes, len(exemplars), 0))
+        found.append(Question(item, begin + own[:first], [one[first:] for one in whole], num_bytes, len(exemplars), 0))
     return found
 
 
+def _tokens(befores: Sequence[str], afters: Sequence[Sequence[str]], tokenizer: Any) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(tokens of the prompt, tokens of the prompt with each option) of each item, encoded as one text.
+
+    Of a long prompt only its last lines are encoded again with each option, where these by themselves have the tokens
+    that they have in it.
+    """
+    tails = [before[_last_lines(before) :] if len(after) > 1 else before for before, after in zip(befores, afters, strict=True)]
+    texts = [*befores, *tails, *(tail + option for tail, after in zip(tails, afters, strict=True) for option in after)]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    count = len(befores)
+    ends = iter(ids[2 * count :])
+    for own, tail, before, after in zip(ids[:count], ids[count : 2 * count], befores, afters, strict=True):
+        first, following = len(own) - len(tail), [next(ends) for _ in after]
+        if first and own[first:] != tail:
+            first, following = 0, tokenizer([before + option for option in after], add_special_tokens=False, verbose=False)["input_ids"]
+        yield own, [own[:first] + one for one in following]
+
+
+def _last_lines(text: str) -> int:
+    """Where the last lines of a text begin that together have TAIL characters; 0 where there are no others."""
+    return text.rfind("\n", 0, max(0, len(text) - TAIL)) + 1
+
+
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    """Tokens that both begin with, by halves: slices are compared quickly."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _length(question: Question) -> int:
