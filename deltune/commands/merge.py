@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 TEXT = """The harbour was quiet at six in the morning. Two fishermen mended a net and argued about the price of diesel, while
 gulls walked along the wall as if they owned it. 12 boats had gone out; by noon, 9 of them would be back. "Rain?" asked
 the younger one. - def area(r): return 3.14159 * r ** 2 - 海面很平静，远处有一条白色的船。 Le vent se lève ; il faut tenter de vivre."""
-LONGEST = 128  # tokens of TEXT that are compared
+LONGEST_OF_TEXT, LONGEST = 128, 512  # tokens of it, or of a given text, that are compared
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the merged folder answers beside base and adapter, over the tokens of a fixed text."""
+    """How the merged folder answers beside base and adapter, over the tokens of a text."""
 
     folder: Path
     dtype: str  # of the merged weights
@@ -118,8 +118,8 @@ def merge_to_folder(settings: MergeSettings) -> Verdict:
     )  # fmt: skip
 
 
-def text_ids(it: Opened) -> torch.Tensor:
-    """The tokens of the fixed text [1, seq]."""
+def text_ids(it: Opened, file: str | None) -> torch.Tensor:
+    """The first tokens of a file's text, or of the fixed text [1, seq]. Raises ConfigError for a file without any."""
     import torch
 
     text, longest = TEXT, LONGEST_OF_TEXT

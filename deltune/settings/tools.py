@@ -17,7 +17,9 @@ class MergeSettings(Trained):
     """An adapter folded into its base model, written as a Hugging Face model folder."""
 
     out: str = option(help="Folder for the merged model; must not exist or be empty.")
-    dtype: str = option("auto", "Storage type of the merged weights; auto keeps the base model's.", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "Storage type of the merged weights; auto keeps the base model's, and is bfloat16 where that is quantised.", choices=("auto", "float32", "bfloat16", "float16"))
+    requantise: str = option("none", "Store the merged linear layers in 4 or 8 bits again, as bitsandbytes writes them, which rounds them anew: what that changes is measured and printed. 4-bit scales are as in `quant` where that is of the same kind.", choices=("none", "nf4", "fp4", "int8"))
+    text: str | None = option(None, "Text file on whose first tokens the merged model is compared with base and adapter; null: a text of the program's own.")
 
     def problems(self) -> list[str]:
         found = super().problems()
