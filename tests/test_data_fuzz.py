@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from deltune.data.formats import ROLES
+from deltune.data.formats import DOCUMENTS, ROLES
 from deltune.errors import DataError
 from tests.encoded import prepared
 from tests.test_data_templates import TOOLS, tokenizer_with
@@ -39,6 +39,15 @@ GOOD = {
         "tools": "[]",
     },
     "text": {"text": "some text"},
+    "dialogue": {"text": "### Human: h### Assistant: a"},
+    "tree": {"prompt": {"role": "prompter", "text": "p", "replies": [
+        {"role": "assistant", "text": "a", "rank": 1, "replies": []}, {"role": "assistant", "text": "b", "rank": 0, "deleted": False, "replies": []},
+    ]}},
+    "instances": {"instruction": "i", "instances": [{"input": "x", "output": "o"}], "reformulations": [{"instruction_with_input": "y", "output": "o"}]},
+    "task": {"definition": ["d"], "input": "i", "output": ["o", "p"]},
+    "exam": {"instruction": "i", "question": "q", "answer": "a", "context": "c", "analysis": "b"},
+    "rounds": {"round_0": {"response": '{"Q": "q", "A": "a"}'}, "round_1": {"response": {"Q": "q", "A": "a"}}},
+    "titled": {"title": "t", "content": "c"},
 }  # fmt: skip
 
 VALUES = [
@@ -120,7 +129,6 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]] if path.exists() else []
 
 
-
 @pytest.mark.parametrize("format", GOOD)
 @fuzzed
 @given(seed=st.integers(0, 2**32))
@@ -132,7 +140,7 @@ def test_every_malformed_line_is_used_or_rejected_with_a_reason(tmp_path, format
     path.write_bytes(body)
     lines = {number for number, line in enumerate(body.split(b"\n"), 1) if is_row(line)}
     fields = {role: role for role in ROLES[format][0]}  # so that a lost letter makes no other known column name
-    chosen = {"format": format, "fields": fields, "mode": "pretrain" if format == "text" else "sft"}
+    chosen = {"format": format, "fields": fields, "mode": "pretrain" if format in DOCUMENTS else "sft"}
     result = prepared(path, TOKENIZER, folder=tmp_path, on_bad="skip", **chosen)
     used = {int(result.train[i].row.rpartition(":")[2]) for i in range(len(result.train))}
     rejects = lines_of(tmp_path / "rejects.jsonl")
@@ -147,6 +155,22 @@ def test_every_malformed_line_is_used_or_rejected_with_a_reason(tmp_path, format
     with pytest.raises(DataError) as error:
         prepared(path, TOKENIZER, **chosen)
     assert [int(line.split(": ")[0].rpartition(":")[2]) for line in str(error.value).splitlines()[1:6]] == rejected[:5]
+
+
+@fuzzed
+@given(seed=st.integers(0, 2**32))
+def test_malformed_messages_of_trees_are_used_or_rejected(tmp_path, seed):
+    rng = random.Random(seed)
+    body = b""
+    for i in range(LINES // 4):
+        rows = [
+            {"message_id": f"{i}{name}", "parent_id": parent and f"{i}{parent}", "message_tree_id": str(i), "role": role, "text": "x", "rank": None}
+            for name, parent, role in (("a", None, "prompter"), ("b", "a", "assistant"), ("c", "a", "assistant"))
+        ]
+        body += b"".join(mutate(row, rng) if i and rng.random() < 0.3 else json.dumps(row).encode() + b"\n" for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(body)
+    counts = prepared(tmp_path / "a.jsonl", TOKENIZER, on_bad="skip", format="tree_rows").report.counts
+    assert counts.used and counts.rejected and counts.rows == counts.used + counts.rejected + counts.overlong
 
 
 @fuzzed

@@ -64,6 +64,9 @@ def dialogue(values: Values, names: Names) -> Conversation:
 # ---- trees of messages (OpenAssistant)
 
 
+_TREE_ROLES = (("prompter", "user"), ("assistant", "assistant"))
+
+
 def tree(values: Values, names: Names) -> Conversation:
     """The conversation along the best replies of a tree: at each message the reply of the lowest rank, those without a
     rank after those with one, then the first; deleted and rejected replies are passed over. A prompt at the end, which
@@ -73,7 +76,7 @@ def tree(values: Values, names: Names) -> Conversation:
     while node is not None:
         if not isinstance(node, Mapping):
             raise BadRow(f"{place} must be a message with text, role and replies, but is {kind_of(node)}")
-        role = {"prompter": "user", "assistant": "assistant"}.get(node.get("role", ""))
+        role = next((ours for theirs, ours in _TREE_ROLES if theirs == node.get("role")), None)
         if role is None:
             raise BadRow(f"{place} has role {node.get('role')!r:.40}; known are prompter, assistant")
         messages.append(Message(role, answer_of(node.get("text"), f"{place}.text"), train=role == "assistant"))
@@ -98,18 +101,21 @@ def _rank(reply: Any) -> tuple[bool, float]:
 def tree_rows(values: Values, names: Names) -> Conversation:
     """The same of a tree whose messages were rows of their own (see `gathered`)."""
     rows = list_of(values.get("messages"), "messages")
-    nodes: dict[Any, dict[str, Any]] = {}
+    nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
         missing = [name for name in ("message_id", "text", "role") if not isinstance(row, Mapping) or row.get(name) is None]
         if missing:
             raise BadRow(f"no key {', '.join(map(repr, missing))}; keys found: {keys_of(row)}; a message needs: message_id, parent_id, text, role")
-        nodes[row["message_id"]] = {**row, "replies": []}
+        name = text_of(row["message_id"], "message_id")
+        if name in nodes:
+            raise BadRow(f"message {name!r:.50} is there twice")
+        nodes[name] = {**row, "replies": []}
     root = None
     for node in nodes.values():
         parent = node.get("parent_id")
         if parent is None:
             root = root or node
-        elif parent in nodes:
+        elif isinstance(parent, str) and parent in nodes:
             nodes[parent]["replies"].append(node)
         else:
             raise BadRow(f"message {node['message_id']!r:.50} answers {parent!r:.50}, which is not among the rows of its tree; the rows of a tree must follow each other")
