@@ -8,6 +8,8 @@ import re
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltune.errors import DataError
 from deltune.evaluation.tasks.catalogue import TASKS
@@ -130,6 +132,10 @@ MALFORMED = {  # task, content, line, fault
     "no JSON": ("logiqa2-zh", TWO_LINES + "{oops}\n", 2, "not JSON"),
     "no final number": ("gsm8k", gsm8k("It is 5.\n#### five"), 1, "'five' after '####'"),
     "no mark": ("gsm8k", gsm8k("x\n#### 1") + gsm8k("It is 5."), 2, "no '####'"),
+    "half a character": ("logiqa2", TWO_LINES.replace('"t"', '"\\ud800"'), 1, "text='"),
+    "half a character in a choice": ("reclor", '[{"context": "c", "question": "q", "answers": ["\\ud83d", "2"], "label": 0}]', 1, "answers="),
+    "a number without end": ("logiqa2", TWO_LINES.replace("1,", "1" * 5000 + ","), 1, "too many digits"),
+    "brackets without end": ("reclor", "[" + "[" * 200_000, 1, "nested too deep"),
     "a sum without end": ("gsm8k", gsm8k("<<1+1=2\n#### 2"), 1, "without its partner"),
 }  # fmt: skip
 
@@ -158,6 +164,39 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
     assert len(TASKS["logiqa2"].read(tmp_path)) == 1
     (tmp_path / "Test.txt").write_bytes(b"\xef\xbb\xbf" + LOGIQA.replace("\n", "\r\n").encode())
     assert len(TASKS["logiqa"].read(tmp_path)) == 2
+
+
+KEYS = [
+    "subject", "input", "output", "context", "question", "answers", "label", "passage", "questions", "options", "answer",
+    "facts", "text", "choice",
+]  # fmt: skip
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@given(st.lists(PLAIN, max_size=3), st.sampled_from(sorted(TASKS)), st.booleans())
+def test_any_json_is_read_or_refused(tmp_path_factory, rows, task, as_list):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    try:
+        items = TASKS[task].read(path)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(item.question.encode() is not None and item.id.startswith("any:") for item in items)
+
+
+@given(st.binary(max_size=200), st.sampled_from(sorted(TASKS)), st.sampled_from([".json", ".csv", ".txt"]))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content, task, ending):
+    path = tmp_path_factory.getbasetemp() / f"any{ending}"
+    path.write_bytes(content)
+    try:
+        TASKS[task].read(path)
+    except DataError as error:
+        assert str(path) in str(error)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -13,6 +13,7 @@ from deltune.evaluation.tasks.extract import number as plain_number
 from deltune.evaluation.tasks.item import Item
 from deltune.evaluation.tasks.reading import (
     bad,
+    is_text,
     json_list,
     json_rows,
     letter_place,
@@ -41,13 +42,13 @@ def dialogues(path: Path) -> list[Item]:
         if not isinstance(row, list) or len(row) != 3 or not all(isinstance(part, list) for part in row[:2]):
             raise bad(where, "not a dialogue with its questions", "[turns, [{question, choice, answer}, …], id]")
         turns, questions, _ = row
-        if not all(isinstance(turn, str) for turn in turns):
-            raise bad(where, "a turn that is no text", "turns as strings")
+        if not all(is_text(turn) for turn in turns):
+            raise bad(where, "a turn that is no text", "turns as texts")
         for asked in questions:
             asked = _mapping(asked, where)
             choices, answer = strings_of(asked, "choice", where), string_of(asked, "answer", where)
             if answer not in choices:
-                raise bad(where, f"the answer {answer!r} is none of the choices", "an answer that is one of them")
+                raise bad(where, f"the answer {answer!r:.200} is none of the choices", "an answer that is one of them")
             id = f"{path.stem}:{len(items) + 1}"
             question = string_of(asked, "question", where)
             items.append(Item(id, "", "\n".join(turns), question, tuple(choices), choices.index(answer)))
@@ -101,7 +102,7 @@ def lsat(path: Path) -> list[Item]:
     for _, where, row in json_list(path):
         passage, questions = string_of(_mapping(row, where), "passage", where), value_of(row, "questions", where)
         if not isinstance(questions, list):
-            raise bad(where, f"questions={questions!r}", "a list of questions")
+            raise bad(where, f"questions={questions!r:.200}", "a list of questions")
         for asked in questions:
             asked = _mapping(asked, where)
             choices = strings_of(asked, "options", where)
@@ -118,9 +119,9 @@ def strategyqa(path: Path) -> list[Item]:
         row = _mapping(row, where)
         answer, facts = value_of(row, "answer", where), row.get("facts", [])
         if not isinstance(answer, bool):
-            raise bad(where, f"answer={answer!r}", "true or false")
-        if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-            raise bad(where, f"facts={facts!r}", "a list of strings in 'facts'")
+            raise bad(where, f"answer={answer!r:.200}", "true or false")
+        if not isinstance(facts, list) or not all(is_text(fact) for fact in facts):
+            raise bad(where, f"facts={facts!r:.200}", "a list of texts in 'facts'")
         question = string_of(row, "question", where)
         items.append(Item(f"{path.stem}:{number}", "", " ".join(facts), question, YES_NO, 0 if answer else 1))
     return items
@@ -135,7 +136,7 @@ def gsm8k(path: Path) -> list[Item]:
             raise bad(where, "the answer has no '####'", "a solution that ends in '#### number'")
         right = plain_number(final)
         if right is None:
-            raise bad(where, f"{final.strip()!r} after '####'", "one number")
+            raise bad(where, f"{final.strip()!r:.200} after '####'", "one number")
         solution = _MARKS.sub("", solution)
         if "<<" in solution or ">>" in solution:
             raise bad(where, "a '<<' or '>>' without its partner", "sums written <<a=b>>")

@@ -41,11 +41,29 @@ def json_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         where = f"{path}:{line}"
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise bad(where, f"not JSON ({error.msg} at column {error.colno})", "one JSON object a line") from None
+        except (ValueError, RecursionError) as error:
+            raise bad(where, f"not JSON ({_fault(error)})", "one JSON object a line") from None
         if not isinstance(row, dict):
             raise bad(where, f"a {type(row).__name__}", "one JSON object a line")
         yield number, where, row
+
+
+def _fault(error: ValueError | RecursionError) -> str:
+    """Text that is no JSON, a number with thousands of digits, or thousands of brackets."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written in UTF-8: JSON can name halves of characters (\\ud800)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def value_of(row: dict[str, Any], key: str, where: str) -> Any:
@@ -56,8 +74,8 @@ def value_of(row: dict[str, Any], key: str, where: str) -> Any:
 
 def string_of(row: dict[str, Any], key: str, where: str) -> str:
     value = value_of(row, key, where)
-    if not isinstance(value, str):
-        raise bad(where, f"{key}={value!r}", f"a string in {key!r}")
+    if not is_text(value):
+        raise bad(where, f"{key}={value!r:.200}", f"text in {key!r}")
     return value
 
 
@@ -80,8 +98,9 @@ def json_list(path: Path) -> Iterator[tuple[int, str, Any]]:
         where = f"{path}:{line}"
         try:
             value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise bad(f"{path}:{error.lineno}", f"not JSON ({error.msg})", "one JSON list") from None
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise bad(f"{path}:{line}", f"not JSON ({_fault(error)})", "one JSON list") from None
         yield number, where, value
         at = skipped(at)
         if text[at : at + 1] == ",":
@@ -108,10 +127,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def strings_of(row: dict[str, Any], key: str, where: str) -> list[str]:
-    """A list of at least two strings."""
+    """A list of at least two texts."""
     value = value_of(row, key, where)
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
-        raise bad(where, f"{key}={value!r}", f"a list of strings in {key!r}")
+    if not isinstance(value, list) or len(value) < 2 or not all(is_text(text) for text in value):
+        raise bad(where, f"{key}={value!r:.200}", f"a list of texts in {key!r}")
     return value
 
 
@@ -119,7 +138,7 @@ def place_of(row: dict[str, Any], key: str, count: int, where: str) -> int:
     """The place of the right choice, given as a number from 0."""
     value = value_of(row, key, where)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-        raise bad(where, f"{key}={value!r}", f"a whole number from 0 to {count - 1}")
+        raise bad(where, f"{key}={value!r:.200}", f"a whole number from 0 to {count - 1}")
     return value
 
 
@@ -127,7 +146,7 @@ def letter_place(letter: Any, count: int, where: str) -> int:
     """The place of the right choice, given as its letter in either case."""
     found = LETTERS.find(letter.strip().upper()) if isinstance(letter, str) and len(letter.strip()) == 1 else -1
     if not 0 <= found < count:
-        raise bad(where, f"the answer is {letter!r}", f"a letter from A to {LETTERS[count - 1]}")
+        raise bad(where, f"the answer is {letter!r:.200}", f"a letter from A to {LETTERS[count - 1]}")
     return found
 
 

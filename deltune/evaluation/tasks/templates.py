@@ -264,7 +264,7 @@ def shots_for(item: Item, pool: Sequence[Item], k: int, seed: int) -> list[Item]
     """
     if k <= 0:
         return []
-    same = [shot for shot in pool if item.group and shot.group == item.group and not same_question(shot, item)][:k]
+    same = [shot for shot in pool if shot.group == item.group and not same_question(shot, item)][:k] if item.group else []
     others: list[Item] = []
     for place in _order(len(pool), seed) if len(same) < k else ():
         shot = pool[place]
