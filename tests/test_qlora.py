@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -53,6 +55,16 @@ def test_a_preset_says_what_its_source_says(name):
         for part in key.split(".") if key != "steps of" else ():
             found = getattr(found, part)
         assert found == wanted, key
+
+
+def test_the_page_names_every_preset_and_its_command_is_understood():
+    page = (ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")
+    table = page[page.index("| preset |") : page.index("Three things")]
+    named = set(re.findall(r"`([a-z0-9_]+)`", table))
+    assert set(STATED) <= named | {f"guanaco{size}" for size in named if size.startswith("_")}
+    (command,) = re.findall(r"^deltune train (.*)$", page, re.M)
+    run = load_run(shlex.split(command))
+    assert run.quant.name == "nf4" and run.data.train == ["rows.json"]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
