@@ -286,7 +286,9 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield f"the disk has less free than the {written(sum(plan.disk.values()))} that the run leaves: checkpoint.save_total_limit, or output=another folder"
     cut = sum(report.truncated for report in plan.found.reports) / max(1, sum(report.used for report in plan.found.reports))
     if cut > MANY_CUT:
-        yield f"{cut:.0%} of the rows are cut to data.max_length={plan.run.data.max_length}: a larger one keeps them whole"
+        limits = ("max_length", "max_source_length", "max_target_length")
+        stated = ", ".join(f"data.{name}={value}" for name in limits if (value := getattr(plan.run.data, name)) is not None)
+        yield f"{cut:.0%} of the rows are cut to {stated}: {'larger ones keep' if ',' in stated else 'a larger one keeps'} them whole"
     lost = sum(report.rejected + report.overlong for report in plan.found.reports)
     if lost:
         yield f"{lost:,} of the rows looked at cannot be used: deltune preview names the first"
