@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+import deltune
 from deltune.adapters.attach import attach
 from deltune.adapters.methods.lora import LoraConfig
+from deltune.commands import plan
 from deltune.models import kbit
 from deltune.models.config import ModelConfig, QuantConfig
 from deltune.models.lean import make_lean
@@ -16,6 +20,7 @@ from deltune.models.select import is_norm, parameter_table
 from deltune.settings import run_from
 from deltune.training.loss import causal_lm_step
 from deltune.weights import is_quantised, store_as
+from tests.encoded import write_rows
 from tests.synthetic import batch_of
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -103,3 +108,18 @@ def test_recomputing_on_codes_gives_the_same_bits_and_asks_no_gradient_of_the_em
         assert loss == found[0][0] and gradients.keys() == trained
         assert all(torch.equal(gradient, found[0][1][name]) for name, gradient in gradients.items())
     assert asked and not any(asked)
+
+
+def test_plan_prints_the_rule_and_counts_what_training_counts(tmp_path, tiny_folder):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"say {i}", "completion": str(i)} for i in range(9)])
+    stated = {
+        "name": "r", "output": str(tmp_path), "model": str(tiny_folder), "data.train": [data], "quant": "nf4", "adapter": "lora", "train.steps": 2,
+        "train.micro_batch": 2, "log.progress": "off", "log.report": False, "log.sinks": [], "optim": "paged_adamw",
+    }  # fmt: skip
+    planned = plan.make(run_from(stated))
+    outcome = deltune.train(stated)
+    start = json.loads((outcome.folder / "metrics.jsonl").read_text().splitlines()[0])
+    lines = start["description"]["quantised"]
+    assert lines[0].startswith("base: 14 linear layers in nf4") and len(lines) == 5
+    assert "\n".join(f"  {line}" for line in lines) in "\n".join(plan.page(planned))
+    assert parameter_table(planned.model) == start["parameter_table"]
