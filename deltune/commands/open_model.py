@@ -53,9 +53,26 @@ def options_of(settings: Generation) -> GenerateOptions:
     from deltune.models.generation import GenerateOptions
 
     return GenerateOptions(
-        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
-        top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed, stop=tuple(settings.stop),
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty, seed=settings.seed, stop=tuple(settings.stop), choices=choices_of(settings),
+        decoding=settings.decoding,
     )  # fmt: skip
+
+
+def choices_of(settings: Generation) -> tuple[str, ...]:
+    """The texts that an answer is one of; ConfigError for a file without any."""
+    from deltune.errors import ConfigError
+
+    if settings.choices_file is None:
+        return tuple(dict.fromkeys(settings.choices))
+    try:
+        lines = Path(settings.choices_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"choices_file={settings.choices_file}: cannot be read as text in UTF-8 ({error})") from None
+    texts = tuple(dict.fromkeys(line for line in lines if line.strip()))
+    if not texts:
+        raise ConfigError(f"choices_file={settings.choices_file}: holds no text")
+    return texts
 
 
 def provenance(settings: Trained) -> dict[str, Any]:

@@ -4,6 +4,7 @@ stand before an answer."""
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Prompt(NamedTuple):
     value: dict[str, Any]  # as read
     conversation: Conversation  # ends in what is to be answered
     format: str
+    reference: str | None = None  # the answer that the row has, if it has one
 
 
 def read_prompts(path: str) -> tuple[list[File], list[Prompt]]:
@@ -62,7 +64,7 @@ def read_prompts(path: str) -> tuple[list[File], list[Prompt]]:
             try:
                 if record.fault:
                     raise BadRow(record.fault)
-                prompts.append(Prompt(file.where(record.number), record.value, *parse(record.value)))
+                prompts.append(Prompt(file.where(record.number), record.value, *parse(record.value), reference_of(record.value)))
             except BadRow as error:
                 faults.append(f"{file.where(record.number)}: {error}")
                 if len(faults) == SHOWN:
@@ -96,6 +98,37 @@ def parse(row: Any) -> tuple[Conversation, str]:
     values |= {name: row[name] for name in optional if name in row}
     (conversation,) = Schema(format, {name: name for name in (*required, *optional)}).conversations(values)
     return dataclasses.replace(conversation, messages=conversation.messages[:-1]), format
+
+
+def reference_of(row: Mapping[str, Any]) -> str | None:
+    """The answer that stands in a row from which `parse` takes a prompt; None where there is none."""
+    column = next(name for name in COLUMNS if row.get(name) is not None)
+    answer = COLUMNS[column][2]
+    if answer is not None:
+        return str(row[answer]) if row.get(answer) is not None else None
+    last = row[column][-1]
+    speaker, text, _ = ENTRIES["messages" if "role" in row[column][0] else "sharegpt"]
+    return str(last.get(text, "")) if isinstance(last, Mapping) and last.get(speaker) in ASSISTANTS else None
+
+
+def sampled(prompts: Sequence[Prompt], count: int | None, stratify: str | None, seed: int) -> list[int]:
+    """Places of `count` prompts in their order, drawn by seed; with `stratify` each value of that column keeps its share
+    (largest remainders). DataError where there are too few, or a row lacks the column."""
+    if count is None:
+        return list(range(len(prompts)))
+    if count > len(prompts):
+        raise DataError(f"sample={count}: there are {len(prompts)} rows")
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if stratify is not None and stratify not in prompt.value:
+            raise DataError(f"{prompt.row}: no column {stratify}, which stratify names; keys found: {keys_of(prompt.value)}")
+        groups.setdefault("" if stratify is None else str(prompt.value[stratify]), []).append(place)
+    shares = {value: count * len(places) / len(prompts) for value, places in groups.items()}
+    sizes = {value: int(share) for value, share in shares.items()}
+    left = sorted(groups, key=lambda value: (sizes[value] - shares[value], value))
+    for value in left[: count - sum(sizes.values())]:
+        sizes[value] += 1
+    return sorted(place for value, places in groups.items() for place in random.Random(f"{seed}:{value}").sample(places, sizes[value]))
 
 
 def _column(format: str) -> str:

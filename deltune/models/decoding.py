@@ -6,7 +6,7 @@ test holds the three together against the GenerationConfig that is installed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltune.config.fields import option
@@ -112,8 +112,17 @@ def by_place(config: DecodingConfig) -> bool:
 
 def transformers_fields(config: DecodingConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What GenerationConfig is given of these settings, and only what differs from their defaults."""
-    own = ("stop_ids", "bad_words", "watermark", "sequence_bias", *DRAWING)
-    given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in own and changed(config, field.name)}
+    plain = {
+        "num_beams": config.num_beams, "length_penalty": config.length_penalty, "early_stopping": config.early_stopping,
+        "renormalize_logits": config.renormalize_logits, "min_new_tokens": config.min_new_tokens, "min_length": config.min_length,
+        "no_repeat_ngram_size": config.no_repeat_ngram_size, "encoder_no_repeat_ngram_size": config.encoder_no_repeat_ngram_size,
+        "encoder_repetition_penalty": config.encoder_repetition_penalty, "suppress_tokens": config.suppress_tokens,
+        "begin_suppress_tokens": config.begin_suppress_tokens, "forced_bos_token_id": config.forced_bos_token_id,
+        "forced_eos_token_id": config.forced_eos_token_id, "guidance_scale": config.guidance_scale,
+        "remove_invalid_values": config.remove_invalid_values, "max_time": config.max_time, "use_cache": config.use_cache,
+        "cache_implementation": config.cache_implementation, "prefill_chunk_size": config.prefill_chunk_size,
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in plain.items() if changed(config, name)}
     if config.exponential_decay_length_penalty:
         start, factor = config.exponential_decay_length_penalty
         given["exponential_decay_length_penalty"] = (int(start), factor)
