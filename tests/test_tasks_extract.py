@@ -37,6 +37,13 @@ def test_a_label_is_one_that_stands_by_itself(text):
     assert extract(text, ITEM, PLAIN) == LABELS[text]
 
 
+def test_a_choice_inside_a_longer_one_that_is_named_does_not_count():
+    nested = Item("t:6", "", "", "Which?", ("cat", "black cat", "dog", "sheep"), 0)
+    assert extract("Surely the black cat", nested, PLAIN) == 1
+    assert extract("Surely the cat", nested, PLAIN) == 0
+    assert extract("The black cat and the other cat", nested, PLAIN) is None
+
+
 def test_the_last_label_counts_in_reverse():
     assert extract("Not A, not B: C. Surely", ITEM, PLAIN) == 0
     assert extract("Not A, not B: C. Surely", ITEM, REVERSE) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -143,6 +144,8 @@ def test_an_item_is_never_its_own_exemplar():
         twin = Item("other:1", item.group, item.context, item.question, ("y", "x"), 0)  # from another file, in another order
         assert item not in shots_for(twin, pool, 4, seed=0)
         assert len(shots_for(twin, pool, 4, seed=0)) == 3
+        reworded = dataclasses.replace(item, question="In other words?")  # by id
+        assert item not in shots_for(reworded, pool, 4, seed=0)
 
 
 def test_exemplars_without_groups_are_drawn_by_the_seed_and_shared():

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltune.settings import EvalSettings
 
+LONGEST_ANSWER = 64  # tokens, where max_new_tokens says nothing
+
 
 def main(words: list[str], file: Path | None = None) -> int:
     from deltune import dist, log
@@ -63,14 +65,15 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
         )
         answers: list[dict[str, Any]] = []
         if settings.generates:
-            options = GenerateOptions(max_new_tokens=settings.max_new_tokens)
+            longest = settings.max_new_tokens or LONGEST_ANSWER
+            options = GenerateOptions(max_new_tokens=longest)
             with place.engine.autocast():
                 score, answers = exact_match(place.model, place.tokenizer, dataset, options, batch=settings.micro_batch)
             if settings.exact_match or "exact_match" in settings.metrics:
                 metrics["exact_match"] = score
                 add_source_scores(sources, answers)
             text_scores.add(settings.metrics, metrics, sources, answers)
-            warn_of_length(score, settings.max_new_tokens)
+            warn_of_length(score, longest)
     found = {
         "all": metrics,
         "sources": sources,

@@ -53,7 +53,7 @@ def read(config: TaskConfig, name: str, seed: int) -> Exam:
     task = TASKS[config.task]
     template = template_named(config.template or task.template)
     protocol = task.protocols[0] if config.protocol == "auto" else config.protocol
-    way = Way(template, protocol, config.shots, config.likelihood, config.max_new_tokens, seed)
+    way = Way(template, protocol, config.shots, config.likelihood, config.max_new_tokens or template.max_new_tokens, seed)
     items = task.read(Path(config.data))
     if config.permute is not None:
         items = [permuted(item, config.permute) for item in items]
@@ -63,7 +63,7 @@ def read(config: TaskConfig, name: str, seed: int) -> Exam:
     if protocol == "likelihood":
         made_of["likelihood"] = config.likelihood
     if protocol == "generation":
-        made_of["max_new_tokens"] = config.max_new_tokens
+        made_of["max_new_tokens"] = way.max_new_tokens
     if config.limit is not None and config.limit < len(items):
         items = [items[i * len(items) // config.limit] for i in range(config.limit)]
     return Exam(name, task, way, items, made_of)

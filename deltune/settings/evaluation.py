@@ -46,7 +46,7 @@ class EvalSettings(Trained):
     fast: str = option("auto", "auto computes attention and norms in their fast forms wherever these are exact; off runs the plain ones.", choices=("auto", "off"))
     exact_match: bool = option(False, "Also generate an answer to each prompt and compare.")
     metrics: list[str] = option([], "Also generate an answer to each prompt and measure it against the reference; normalised_match and f1 as SQuAD, bleu and rouge by sacrebleu and rouge-score.", choices=TEXT_METRICS)
-    max_new_tokens: int = option(64, "Longest generated answer.", gt=0, unit="tokens")
+    max_new_tokens: int | None = option(None, "Longest generated answer; null: 64, or with `task` what the template says.", gt=0, unit="tokens")
     out: str | None = option(None, "Folder, or JSON file, for the metrics and the answers. With `task` answers are kept as they come, and the same command goes on.")
 
     @property

@@ -34,7 +34,7 @@ class TaskConfig:
     template: str | None = option(None, "Prompt template: `deltune list templates`, or a file of your own; null takes the task's.")
     permute: int | None = option(None, "Seed of an order drawn for each question's choices, its answer moved along; null leaves them as the data has them.", ge=0)
     limit: int | None = option(None, "So many items only, spread evenly over all.", gt=0)
-    max_new_tokens: int = option(64, "With protocol=generation: longest generated answer.", gt=0, unit="tokens")
+    max_new_tokens: int | None = option(None, "With protocol=generation: longest generated answer; null takes the template's.", gt=0, unit="tokens")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Template:
     reverse: bool = option(False, "generation: the last candidate counts instead of the first")
     cleaner: str = option("", "generation: a regular expression; only what its one group matches is looked at; empty: all")
     stop: list[str] = option(["\n\n"], "generation: texts that end an answer")
+    max_new_tokens: int = option(64, "generation: longest answer, in tokens", gt=0)
 
     def problems(self) -> list[str]:
         found = []
@@ -100,6 +101,7 @@ _SUMS = dict(
     question="Question: {question}",
     solved="{solution}\n#### {answer}",
     stop=["\n\nQuestion:", "\nQuestion:"],
+    max_new_tokens=400,  # the test split's own solutions have up to 309 tokens of Llama-2's vocabulary, half of them over 93
 )
 
 TEMPLATES: dict[str, Template] = {

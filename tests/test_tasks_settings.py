@@ -1,4 +1,4 @@
-"""`permute`: each question's choices in an order drawn for it, by the verb and in a run's settings."""
+"""What a task's settings change: the order of choices (`permute`), by the verb and in a run, and how long an answer may be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from deltune.commands import tasks
 from deltune.commands.eval import main
 from deltune.errors import ConfigError
 from deltune.evaluation.tasks.catalogue import TASKS
@@ -34,6 +35,14 @@ def test_answers_move_with_their_choices_and_orders_are_not_mixed(tiny_folder, r
     assert answers(tmp_path / "moved") == {item.id: permuted(item, 3).answer for item in items} != answers(tmp_path / "plain")
     with pytest.raises(ConfigError, match="never mixed"):
         main([*words, f"out={tmp_path / 'plain'}", "permute=3"])
+
+
+@pytest.mark.parametrize(("more", "length"), [([], 400), (["template=plain"], 64), (["max_new_tokens=5"], 5)])
+def test_how_long_an_answer_may_be_is_the_templates_to_say(tmp_path, more, length):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    settings = load(EvalSettings, ["task=gsm8k", f"task_data={tmp_path}", *more])
+    exam = tasks.read(settings.tasks[0], "gsm8k", 0)
+    assert exam.way.max_new_tokens == exam.made_of["max_new_tokens"] == length
 
 
 def test_an_order_of_no_choices_is_refused():
