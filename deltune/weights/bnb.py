@@ -4,6 +4,7 @@ room knows it, and where it is not, or would be slower or wrong, the room's own 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,16 @@ def kernels() -> Any:
     return torch.ops.bitsandbytes
 
 
-def dequantise_4bit(codes: Tensor, scales: Tensor, kind: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+def ready(device: torch.device) -> None:
+    """Import bitsandbytes and try its kernel now, if values on this device are to come from it: while a compiler looks on it
+    could not be tried."""
+    if device.type == "cpu":
+        _has_kernel()
+    elif device.type == "cuda":
+        kernels()
+
+
+def dequantise_4bit(codes: Tensor, scales: Tensor, kind: str, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """Values of the shape in fresh memory; None where `codes.dequantise_4bit` is to do it.
 
     On a CPU that is: without AVX-512, for which there is a kernel; rows that are not whole blocks, for which that kernel

@@ -9,7 +9,7 @@ gives the values of those rows alone; any other operation takes all its values f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,7 @@ def quantise(weight: Tensor, kind: str, *, block_size: int = 64, double: bool = 
     else:
         if block_size not in coding.BLOCK_SIZES:
             raise DeltuneError(f"{block_size} is no block size. What fits: {', '.join(map(str, coding.BLOCK_SIZES))}.")
+        bnb.ready(weight.device)
         parts["codes"], parts["scales"] = coding.quantise_4bit(weight, kind, block_size)
         if double:
             parts["scales"], parts["scales_of_scales"], parts["mean"] = coding.quantise_scales(parts["scales"])
@@ -223,24 +224,44 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def _values(tensor: QuantisedTensor, dtype: torch.dtype, *, for_now: bool = False) -> Tensor:
     """The values in `dtype`; those `for_now` may lie in memory that the next of its kind uses again."""
-    shape = tensor.stored_shape
     if tensor.is_meta:
         return torch.empty(tensor.shape, dtype=dtype, device="meta")
-    out = None
-    if tensor.kind != "int8":
-        scales = _scales(tensor)
-        out = bnb.dequantise_4bit(tensor.codes, scales, tensor.kind, tensor.block_size, shape, dtype)
-    if out is None:
-        # a device's own allocator keeps memory by itself
-        again = for_now and tensor.device.type == "cpu"
-        out = scratch("values of a quantised weight", tensor.codes, dtype, *shape) if again else torch.empty(shape, dtype=dtype, device=tensor.device)
-        if tensor.kind == "int8":
-            coding.dequantise_int8(tensor.codes, tensor.scales, out)
-        else:
-            coding.dequantise_4bit(tensor.codes, scales, tensor.kind, tensor.block_size, out.view(-1))
+    form = (tensor.codes, tensor.scales, tensor.scales_of_scales, tensor.mean, tensor.kind, tensor.block_size, tensor.stored_shape, dtype)
+    # while a compiler looks on, parts only stand for tensors: to it the values are one operation, of which it sees no more
+    out = _from_codes(*form, for_now=for_now) if type(tensor.codes) is Tensor else torch.ops.deltune.values_from_codes(*form)
     if tensor.left is not None:
         out.addmm_(tensor.left.to(dtype), tensor.right.to(dtype))
     return out.T if tensor.transposed else out
+
+
+def _from_codes(
+    codes: Tensor, scales: Tensor, scales_of_scales: Tensor | None, mean: Tensor | None, kind: str, block_size: int, shape: Sequence[int], dtype: torch.dtype,
+    *, for_now: bool = False,
+) -> Tensor:  # fmt: skip
+    out = None
+    if kind != "int8":
+        scales = scales if mean is None else coding.dequantise_scales(scales, scales_of_scales, mean)
+        out = bnb.dequantise_4bit(codes, scales, kind, block_size, shape, dtype)
+    if out is None:
+        again = for_now and codes.device.type == "cpu"  # a device's own allocator keeps memory by itself
+        out = scratch("values of a quantised weight", codes, dtype, *shape) if again else torch.empty(shape, dtype=dtype, device=codes.device)
+        if kind == "int8":
+            coding.dequantise_int8(codes, scales, out)
+        else:
+            coding.dequantise_4bit(codes, scales, kind, block_size, out.view(-1))
+    return out
+
+
+@torch.library.custom_op("deltune::values_from_codes", mutates_args=())
+def _operation(
+    codes: Tensor, scales: Tensor, scales_of_scales: Tensor | None, mean: Tensor | None, kind: str, block_size: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    return _from_codes(codes, scales, scales_of_scales, mean, kind, block_size, shape, dtype)
+
+
+@_operation.register_fake
+def _(codes: Tensor, *form: Any) -> Tensor:
+    return codes.new_empty(form[-2], dtype=form[-1])
 
 
 def _scales(tensor: QuantisedTensor, first: int = 0, last: int | None = None) -> Tensor:
