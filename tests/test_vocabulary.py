@@ -284,6 +284,30 @@ def test_tables_trained_in_full_bring_their_rows(tmp_path):
     assert torch.equal(load_adapter(tiny_model(), tmp_path)(IDS).logits, model(IDS).logits)
 
 
+def test_a_table_that_scales_is_trained_in_full(tmp_path):
+    """Gemma's embeddings multiply their rows, so single rows cannot stand beside them; tied tables become two copies."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    def gemma():
+        torch.manual_seed(0)
+        small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=264, **small)).eval()
+
+    model = gemma()
+    lengthen(model, 267)
+    with pytest.raises(AdapterError, match=r"adapter.modules_to_save=\[embed_tokens, lm_head\]"):
+        attach(model, method("lora", targets=["q_proj"], trainable_token_indices=for_rows(model, [264, 265, 266])))
+    half = attach(gemma(), method("lora", targets=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(AdapterError, match=r"that this adapter does not train.*\[embed_tokens, lm_head\]"):
+        set_rows(half, half.get_output_embeddings(), [1], torch.ones(1, 16))
+    attach(model, method("lora", targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        set_rows(model, table, [264, 265, 266], torch.ones(3, 16))
+    shaken(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(gemma(), tmp_path)(IDS).logits, model(IDS).logits)
+
+
 def test_a_file_without_all_rows_leaves_the_base_alone(tmp_path):
     model = tiny_model()
     lengthen(model, 267)

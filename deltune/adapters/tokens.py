@@ -25,6 +25,7 @@ from deltune.errors import AdapterError
 from deltune.tables import tables, tied
 
 KEY = "trainable_token_indices"  # PEFT's word
+IN_FULL = "What fits: both tables trained in full, adapter.modules_to_save=[embed_tokens, lm_head]"
 
 
 class RowsBeside(Rows):
@@ -81,7 +82,7 @@ def places(model: nn.Module, config: AdapterConfig, taken: Mapping[str, nn.Modul
         if any(inside(place, other) for other in saved) or isinstance(modules[place], TrainedCopy):
             raise AdapterError(f"{KEY}: {place} is trained in full (modules_to_save), its rows included; leave it out of one of both")
         if kind_of(original(modules[place])) not in TokensBeside.kinds:
-            raise AdapterError(f"{KEY}: {place} is a {type(original(modules[place])).__name__}; rows are trained of Embedding and Linear. What fits: adapter.modules_to_save=[{place}]")
+            raise AdapterError(f"{KEY}: {place} is a {type(original(modules[place])).__name__}; rows are trained of Embedding and Linear. {IN_FULL}")
         found[place] = modules[place], BesideConfig(targets=[place], token_indices=list(ids), dtype=config.dtype)
     return found
 
@@ -121,7 +122,7 @@ def set_rows(model: nn.Module, table: nn.Module, ids: Sequence[int], values: Ten
             rows, order = (part.weight, list(ids)) if isinstance(wrapper, TrainedCopy) else _own_rows(part, ids)
             rows[order] = values.to(rows)
             return
-    raise AdapterError("new tokens have rows that this adapter does not train")
+    raise AdapterError(f"new tokens have rows, in the input embeddings or the output head, that this adapter does not train. {IN_FULL}")
 
 
 def _own_rows(part: Any, ids: Sequence[int]) -> tuple[Tensor, list[int]]:
