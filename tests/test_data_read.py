@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 import sys
 import types
 from itertools import islice
@@ -11,7 +12,7 @@ from itertools import islice
 import pytest
 
 from deltune.data.config import Source
-from deltune.data.read import MAX_ROW_BYTES, Cursor, read
+from deltune.data.read import MAX_ROW_BYTES, read
 from deltune.data.sources import identify, resolve
 from deltune.errors import DataError
 
@@ -213,26 +214,16 @@ def test_a_name_that_leads_nowhere_shows_what_is_there(tmp_path, name, reason):
         resolve([str(tmp_path / name)], "data.train")
 
 
-def test_lists_of_torch_are_read_as_plain_data_where_they_are_named(tmp_path):
+def test_pickles_of_torch_are_not_opened_and_the_line_that_rewrites_them_works(tmp_path):
     import torch
 
-    path, other = tmp_path / "shard.pt", tmp_path / "code.pt"
-    torch.save([{"inputs": "a", "targets": "b"}] * 3, path)
-    assert rows_of(path) == [(i, {"inputs": "a", "targets": "b"}) for i in range(3)]
-    assert [r.number for r in read(identify(path), Cursor(0, 2))] == [2] and identify(path).where(2) == f"{path}[2]"
-    torch.save([Code()], other)
-    with pytest.raises(DataError, match="cannot be read as plain data"):
-        rows_of(other)
-    torch.save({"a": 1}, other)
-    with pytest.raises(DataError, match="holds dict; expected a list of rows"):
-        rows_of(other)
-    with pytest.raises(DataError, match="no data files below"):
-        resolve([str(tmp_path)], "data.train")
-
-
-class Code:
-    def __reduce__(self):
-        return (print, ("this must not run",))
+    rows = [{"inputs": "a", "targets": "漢"}] * 3
+    torch.save(rows, tmp_path / "shard.pt")
+    with pytest.raises(DataError, match="this is a pickle") as error:
+        identify(tmp_path / "shard.pt")
+    line = str(error.value).partition("trust: ")[2].replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    assert rows_of(tmp_path / "shard.jsonl") == [(i, row) for i, row in enumerate(rows, 1)]
 
 
 def test_hub_data_sets_come_through_the_optional_library(monkeypatch):

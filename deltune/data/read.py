@@ -32,7 +32,7 @@ class File:
     """A file and how it is read. `where(n)` names its row n: a line, or an index from 0 in arrays and tables."""
 
     path: str
-    kind: str  # jsonl, json, csv, tsv, parquet, txt, torch, hub
+    kind: str  # jsonl, json, csv, tsv, parquet, txt, hub
     gzipped: bool = False
     split: str = ""  # of a hub data set, as all below
     subset: str = ""
@@ -40,7 +40,7 @@ class File:
     revision: str = ""
 
     def where(self, number: int) -> str:
-        return f"{self.path}[{number}]" if self.kind in ("json", "parquet", "torch", "hub") else f"{self.path}:{number}"
+        return f"{self.path}[{number}]" if self.kind in ("json", "parquet", "hub") else f"{self.path}:{number}"
 
     def open(self) -> BinaryIO:
         try:
@@ -378,22 +378,6 @@ def _read_parquet(file: File, start: Cursor) -> Iterator[Record]:
         raise DataError(f"{file.path} is not a readable Parquet file: {e}") from e
 
 
-def _read_torch(file: File, start: Cursor) -> Iterator[Record]:
-    """A list of rows that torch.save wrote (FLAN's shards). Opened as plain data: what else is in it is refused unread."""
-    import pickle
-
-    import torch
-
-    try:
-        rows = torch.load(file.path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        raise DataError(f"{file.path} cannot be read as plain data: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
-    if not isinstance(rows, list):
-        raise DataError(f"{file.path} holds {type(rows).__name__}; expected a list of rows")
-    for index, row in enumerate(rows[start.number :], start.number):
-        yield Record(index, row, "", Cursor(0, index + 1))
-
-
 def open_hub(file: File) -> Any:
     """A split of a hub data set, through the optional `datasets` library."""
     try:
@@ -437,6 +421,5 @@ _READERS = {
     "csv": _read_csv,
     "tsv": _read_csv,
     "parquet": _read_parquet,
-    "torch": _read_torch,
     "hub": _read_hub,
 }

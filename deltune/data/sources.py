@@ -148,7 +148,10 @@ def identify(path: Path, format: str | None = None) -> File:
             raise DataError(f"{path}: a Parquet file inside gzip; unpack it")
         return _said(path, "parquet", extension)
     if extension == ".pt":
-        return File(str(path), "torch")  # only where it is named: in a folder it may be anything
+        raise DataError(
+            f"{path}: this is a pickle, which can run code when it is opened. Write its rows as JSON lines, in a place that you "
+            f"trust: python -c \"import json, torch; print(*map(json.dumps, torch.load('{path.name}', weights_only=True)), sep='\\n')\" > {path.stem}.jsonl"
+        )
     if head[:4] == b"PK\x03\x04":
         raise DataError(f"{path} is a zip archive or spreadsheet; unpack it, or save it as CSV or JSONL")
     kind = KINDS.get(extension)
