@@ -59,6 +59,30 @@ def test_only_labels_that_the_item_has_are_found():
     assert extract("I think so. H", nine, PLAIN) == 7 and extract("I.", nine, PLAIN) == 8
 
 
+def test_a_text_that_is_a_choice_is_that_choice_whatever_letters_it_speaks_of():
+    item = Item("t:7", "", "", "Which?", ("one", "two", "both A and B", "A"), 0)
+    assert extract(" Both A and B.", item, PLAIN) == 2
+    assert extract("both A and B, I think", item, PLAIN) == 0
+    assert extract("A", item, PLAIN) == 0  # the label, not the choice
+
+
+REAL = {"mmlu": ("mmlu", 0), "c3-d": ("c3", 0), "c3-m": ("c3", 0), "logiqa2": ("logiqa2", 1), "logiqa2-zh": ("logiqa2", 5)}
+
+
+@pytest.mark.parametrize("task", REAL)
+def test_right_answers_to_all_real_questions_are_found(real_data, task):
+    """Written as a label, as label and choice, and as the choice alone; of the last, rows with choices that are equal,
+    empty or letters cannot be told."""
+    folder, untold = REAL[task]
+    items, template, missed = TASKS[task].read(real_data / folder), TEMPLATES[TASKS[task].template], 0
+    for item in items:
+        label, choice = LETTERS[item.answer], item.choices[item.answer]
+        assert extract(f" {label}.", item, template) == extract(f" {label}. {choice}", item, template) == item.answer
+        assert extract(f"（{label}）{choice}", item, template) == item.answer
+        missed += extract(choice, item, template) != item.answer
+    assert missed == untold
+
+
 # what PandaLLM's predictor got wrong
 
 

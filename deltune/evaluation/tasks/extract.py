@@ -44,8 +44,13 @@ def extract(text: str, item: Item, template: Template) -> int | str | None:
 
 
 def choices_in(text: str, item: Item, template: Template) -> list[int]:
-    """Places of the labels in a text; where it has none, of the one choice that it names in full."""
+    """Places of the labels in a text; of one choice if the text is that choice word by word, since choices may speak of
+    letters ("both A and B"); where there is no label, of the one choice that the text names in full."""
     labels = tuple(label.translate(_NARROW) for label in template.labels[: len(item.choices)])
+    words = _spaced(text)
+    same = [place for place, choice in enumerate(item.choices) if words and _spaced(choice) == words]
+    if len(same) == 1 and words not in map(_spaced, labels):
+        return same
     found = [labels.index(_folded(match.group(), labels)) for match in _labels(labels).finditer(text)]
     return found or _named(text, item)
 
