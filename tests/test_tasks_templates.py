@@ -170,6 +170,8 @@ def test_permuted_choices_keep_their_answer(real_data):
         assert after.choices[after.answer] == before.choices[before.answer]
         assert sorted(after.choices) == sorted(before.choices) and after.id == before.id
     assert moved == [permuted(item, seed=1) for item in items] != [permuted(item, seed=2) for item in items]
+    orders = {tuple(map(before.choices.index, after.choices)) for before, after in zip(items, moved, strict=True)}
+    assert len({order for order in orders if len(set(order)) == 4}) == 24  # each item has an order of its own
     counts = Counter(item.answer for item in moved)
     assert all(proportion(counts[place], len(items)).low < 0.25 < proportion(counts[place], len(items)).high for place in range(4))
     assert permuted(SUM, seed=1) == SUM
