@@ -132,8 +132,8 @@ def read_config(folder: Path, where: str) -> PretrainedConfig:
     if quantised:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
         raise ModelError(
-            f"{where}: the weights are stored quantised ({method}), which cannot be trained here. "
-            "What fits: the unquantised model."
+            f"{where}: the weights are stored quantised ({method}), and such files are not read. "
+            "What fits: the unquantised model, which quant=nf4, fp4 or int8 quantises while it is loaded."
         )
     with blamed(f"{where}: config.json does not describe a {model_type} model"):
         return AutoConfig.from_pretrained(folder)
