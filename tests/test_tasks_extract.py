@@ -141,6 +141,13 @@ def test_yes_and_no_are_words(text, place):
     assert extract(text, YES, TEMPLATES["yes-no"]) == place
 
 
+def test_small_letters_as_labels_are_no_articles():
+    small = dataclasses.replace(PLAIN, labels=list("abcd"))
+    assert extract("It is a dog, hence (b)", ITEM, small) == 1
+    assert extract("a) since", ITEM, small) == 0 and extract("a is right", ITEM, small) == 0
+    assert extract("It is a dog", ITEM, small) is None and extract("B", ITEM, small) is None
+
+
 def test_chinese_stems_are_found():
     assert extract("应选乙。", ITEM, TEMPLATES["zh-stems"]) == 1
     assert extract("没有", ITEM, TEMPLATES["zh-stems"]) is None

@@ -90,7 +90,7 @@ def _labels(labels: tuple[str, ...]) -> re.Pattern:
         if letters and label.isalpha():
             if len(label) > 1:
                 pattern = f"(?i:{pattern})"
-            elif label in "AI":
+            elif label in "AIa":
                 pattern += rf"(?![ \t]+(?!(?i:{_AFTER_A_LABEL})\b)[A-Za-z])"
         if letters:
             pattern = rf"(?<![A-Za-z0-9_'])(?<![A-Za-z]-)(?<![^A-Za-z][A-Za-z]\.)(?<!^[A-Za-z]\.){pattern}(?![A-Za-z0-9_']|-[A-Za-z]|\.[A-Za-z](?![A-Za-z]))"
