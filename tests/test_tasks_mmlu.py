@@ -91,6 +91,7 @@ def test_the_csv_release_gives_the_same_questions(release, real_data):
     asked, dev = MMLU.read(release), MMLU.exemplars(release)
     assert len(dev) == 57 * 5 and contents(asked) + contents(dev) == contents(known)
     assert MMLU.read(release / "val") == asked and MMLU.exemplars(release / "val") == dev
+    assert list(dict.fromkeys(item.group for item in asked)) == sorted({item.group for item in known})
     one = release / "val/virology_val.csv"
     assert {item.group for item in MMLU.read(one)} == {"virology"} and MMLU.exemplars(one) == dev
     assert MMLU.read(one)[1].id == "virology_val:2"
