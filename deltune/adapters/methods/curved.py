@@ -211,6 +211,7 @@ class Entrywise(Factored):
         with torch.autocast(device, enabled=False):  # a frequency times a rounded BA would be noise
             return self._applied(x, None, None)
 
+    @torch.compiler.disable  # a node that is given functions of the method's is not what the compiler can trace
     def _applied(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
         flat = x.unsqueeze(0) if x.ndim == 1 else x
         y = EntrywiseOut.apply(flat, self.lora_A, self.lora_B, W, b, self.value, self.slope)
