@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import deltune
 from deltune import weights
 from deltune.adapters.attach import attach
 from deltune.adapters.config import named
@@ -19,6 +20,7 @@ from deltune.errors import AdapterError, ConfigError, ModelError
 from deltune.models.config import EightBit, FourBit, ModelConfig
 from deltune.models.load import load, originals
 from deltune.models.requantise import write
+from deltune.training.callbacks import Callback
 from tests.adapted import shaken
 from tests.tiny import save_tiny
 
@@ -178,3 +180,41 @@ def test_peft_refuses_an_adapter_whose_base_it_could_not_have(tmp_path, base):
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(AdapterError, match="give originals"):
         load_adapter(quantised(base), tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------- a run
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, record):
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_on_codes_goes_on_and_is_used_as_it_was_trained(base, tmp_path):
+    """PiSSA's start is taken out of the base's layers by the run, by the run that goes on, and by what uses its adapter."""
+    from deltune.commands.open_model import opened
+    from deltune.settings import Trained, load
+
+    rows = [{"prompt": f"number {i}", "completion": f"{i}."} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": str(base), "adapter": "pissa", "adapter.rank": 4, "quant": "nf4", "data.train": str(tmp_path / "rows.jsonl"), "output": str(tmp_path),
+        "name": "r", "train.steps": 4, "train.micro_batch": 4, "checkpoint.every": 2, "log.sinks": [], "log.progress": "off", "log.report": False, "optim.lr": 1e-3,
+    }  # fmt: skip
+    straight = deltune.train(settings | {"name": "straight"})
+    with pytest.raises(KeyboardInterrupt):
+        deltune.train(settings, callbacks=[StopAt(3)])
+    outcome = deltune.train(settings)
+    for (place, one), (_, other) in zip(wrappers(outcome.model), wrappers(straight.model), strict=True):
+        weight = one.base_layer.weight
+        assert weights.held_beside(weight) is not None, place
+        assert all(torch.equal(part, other.base_layer.weight.parts()[name]) for name, part in weight.parts().items())
+    assert torch.equal(logits(outcome.model), logits(straight.model))
+    with opened(load(Trained, [f"run={tmp_path / 'r'}"], None)) as it:
+        for (place, one), (_, other) in zip(wrappers(it.model), wrappers(outcome.model), strict=True):
+            assert all(torch.equal(part, other.base_layer.weight.parts()[name]) for name, part in one.base_layer.weight.parts().items()), place
+        assert torch.allclose(logits(it.model), logits(outcome.model), atol=1e-5)  # a run computes in its fast forms
