@@ -149,6 +149,11 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, case):
     assert f"{path}:{line}: " in str(error.value) and fault in str(error.value) and "What fits" in str(error.value)
 
 
+def test_the_last_mark_of_a_solution_is_the_one(tmp_path):
+    (item,) = TASKS["gsm8k"].read(put(tmp_path / "test.jsonl", gsm8k("Write #### 4 first, <<1+2=3>>then\n#### 3")))
+    assert item.answer == ("3",) and item.solution == "Write #### 4 first, then"
+
+
 def test_bytes_that_are_no_text_and_missing_files_are_named(tmp_path):
     (tmp_path / "test.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"test\.txt: byte 0 is not UTF-8"):

@@ -46,8 +46,8 @@ def exemplars(path: Path) -> list[Item]:
         return _inside(prompts[0]) if prompts else []
     if path.suffix == ".csv":
         return _dev_beside(path)
-    twin = path.with_name(path.name.replace("zero_shot", "five_shot"))
-    return _inside(path) or (_inside(twin) if twin.is_file() else [])
+    beside = path.with_name(path.name.replace("zero_shot", "five_shot"))
+    return _inside(beside if beside.is_file() else path)
 
 
 # -- prompts in JSON lines ----------------------------------------------------------------------------------------
