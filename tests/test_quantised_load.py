@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -221,3 +222,17 @@ def test_every_architecture_of_the_tests_has_what_can_be_quantised():
         model = small(kind)
         chosen = quantise.layers(model, EightBit())
         assert chosen and model.get_output_embeddings() not in chosen.values(), kind
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 15), reason="torch.compile does not know this Python")
+def test_compiled_layers_compute_with_the_same_values():
+    layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    layers[0].weight = nn.Parameter(weights.quantise(layers[0].weight, "nf4"), requires_grad=False)
+    layers[2].weight = nn.Parameter(weights.quantise(layers[2].weight, "int8"), requires_grad=False)
+    found = []
+    for form in (layers, torch.compile(layers, backend="aot_eager", fullgraph=True)):
+        x = torch.linspace(-1, 1, 48).view(3, 16).requires_grad_()
+        form(x).square().sum().backward()
+        found.append(x.grad)
+    torch._dynamo.reset()
+    assert torch.allclose(*found, rtol=1e-5)
