@@ -361,6 +361,19 @@ def test_rows_that_cannot_be_trained_are_one_message(changes, message):
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_more_rows_than_the_table_is_wide_merge_without_a_product(tie):
+    model = tiny_model(tie_word_embeddings=tie)
+    lengthen(model, 320)
+    attach(model, method("lora", targets=["q_proj"], trainable_token_indices=for_rows(model, [3, *range(264, 320)])))
+    shaken(model)
+    expected, part = model(IDS).logits, model.model.embed_tokens.adapters["default"]
+    rows = part.shared.rows.detach().clone()
+    assert part.product() is None and part.delta(None).shape == (32, 320)
+    merge(model)
+    assert torch.equal(model.model.embed_tokens.weight[264:], rows[1:]) and torch.allclose(model(IDS).logits, expected, atol=1e-5)
+
+
 def test_plain_lora_made_of_another_method_keeps_the_rows(tmp_path):
     model = tiny_model()
     lengthen(model, 267)

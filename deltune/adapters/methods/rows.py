@@ -139,10 +139,17 @@ class TrainableTokens(Delta):
         """What the rows have become less what they were [n, dim]."""
         return self.shared.rows - self.base_rows
 
-    def product(self) -> tuple[Tensor, Tensor, float]:
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        if len(self.indices) > self.changes().shape[1]:
+            return None  # of more rows than the table is wide a product costs more than the change itself
         chosen = self.base_rows.new_zeros(len(self.indices), _table(self.site)[0])  # [n, vocab]
         chosen.scatter_(1, self.indices.unsqueeze(1), 1)
         return (self.changes().T, chosen, 1.0) if self.site.kind == "embedding" else (chosen.T, self.changes(), 1.0)
+
+    def delta(self, W: Tensor | None) -> Tensor:
+        changes = self.changes()
+        whole = changes.new_zeros(_table(self.site)).index_copy(0, self.indices, changes)
+        return whole.T if self.site.kind == "embedding" else whole
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         changes = self.changes()
