@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltune import weights
+from deltune.adapters.attach import attach
+from deltune.adapters.config import named
 from deltune.commands.arithmetic import of_run
 from deltune.commands.estimate import stored_bytes
-from deltune.errors import ConfigError, ModelError
+from deltune.errors import AdapterError, ConfigError, ModelError
 from deltune.models import quantise
 from deltune.models.config import EightBit, FourBit, ModelConfig, QuantConfig
 from deltune.models.dry_run import dry_run
@@ -130,6 +132,14 @@ def test_skipped_layers_stay(tiny_folder):
     assert len(quantised_layers(model)) == 7
     with pytest.raises(ModelError, match=r"quant\.skip: pattern 'gate' matches no linear layer"):
         load(config, quant=EightBit(skip=["gate"]))
+
+
+def test_what_is_trained_in_full_is_not_quantised(tiny_folder):
+    config, lora = ModelConfig(path=str(tiny_folder)), named("lora", targets=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(AdapterError, match=r"'down_proj' is stored quantised.*quant\.skip=\['\*down_proj\*'\]"):
+        attach(load(config, quant=FourBit()), lora)
+    attach(load(config, quant=FourBit(skip=["*down_proj*"])), lora)
+    attach(load(config, quant=FourBit()), named("lora", modules_to_save=["lm_head"]))
 
 
 def test_none_is_the_plain_model(tiny_folder):

@@ -20,6 +20,7 @@ from deltune.adapters.whole import ModelDelta
 from deltune.adapters.wrapper import TrainedCopy, original, walk
 from deltune.errors import AdapterError
 from deltune.log import logger
+from deltune.weights import is_quantised
 
 ALL_LINEAR = "all-linear"
 LINEAR = ("linear", "conv1d", "experts")  # kinds that it means
@@ -82,6 +83,8 @@ def _modules_to_save(modules: Mapping[str, nn.Module], config: AdapterConfig) ->
         found = [name for name in modules if ends_with(name, ending)]
         if not found:
             raise AdapterError(f"modules_to_save: {ending!r} matches no module of the model.{nearest(ending, modules)}")
+        if any(is_quantised(parameter) for name in found for parameter in modules[name].parameters()):
+            raise AdapterError(f"modules_to_save: {ending!r} is stored quantised, and codes cannot be trained in full. What fits: quant.skip=['*{ending}*']")
         saved.update({name: modules[name] for name in found})
     # of a module and one inside it the outer one counts
     return {name: module for name, module in saved.items() if not any(inside(name, o) for o in saved if o != name)}
