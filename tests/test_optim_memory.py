@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from deltune.adapters.schedules import forget
 from deltune.errors import CheckpointError, ConfigError
 from deltune.optim import blockwise
 from deltune.optim.build import (
@@ -244,6 +245,19 @@ def test_a_paged_run_goes_on_without_pages():
     paged = optimizer_of(made, config_of("paged_adamw_8bit"))
     take_steps(made, paged, 1)
     load_optimizer_state(optimizer_of(made, config_of("adamw_8bit")), *optimizer_state(paged))
+
+
+def test_a_merge_that_forgets_sets_coded_moments_to_zero():
+    made, config = parameters(), run_from(["adapter.schedule=relora", "optim=adamw_8bit"]).adapter.schedule
+    optimizer = optimizer_of(made, config_of("adamw_8bit"))
+    take_steps(made, optimizer, 2)
+    forget(optimizer, made[:1], config, torch.Generator())
+    for p, gone in zip(made, (True, False, False), strict=True):
+        state = optimizer.state[p]
+        for i, signed in ((1, True), (2, False)):
+            moment = state[f"moment{i}"].flatten()
+            values = blockwise.dequantise(moment, state[f"largest{i}"], signed) if moment.dtype == torch.uint8 else moment
+            assert bool(values.any()) is not gone
 
 
 # -- what is said
