@@ -57,7 +57,7 @@ def test_every_shown_command_has_words_that_are_understood(words, tmp_path, monk
         return
     classes = {
         "init": settings.InitSettings, "preview": settings.PreviewSettings, "plan": settings.Run, "train": settings.Run,
-        "chat": settings.ChatSettings, "merge": settings.MergeSettings,
+        "chat": settings.ChatSettings, "eval": settings.EvalSettings, "merge": settings.MergeSettings,
     }  # fmt: skip
     file = next((Path(w) for w in rest if w.endswith(".yaml")), None)
     settings.load(classes[verb], [w for w in rest if not w.endswith(".yaml")], file)
