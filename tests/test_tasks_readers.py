@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deltune.errors import DataError
 from deltune.evaluation.tasks.catalogue import TASKS
 from deltune.evaluation.tasks.item import PROTOCOLS
+from deltune.evaluation.tasks.reading import unlabelled
 from deltune.evaluation.tasks.templates import TEMPLATES
 
 
@@ -147,6 +148,21 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, case):
     with pytest.raises(DataError) as error:
         TASKS[task].read(path)
     assert f"{path}:{line}: " in str(error.value) and fault in str(error.value) and "What fits" in str(error.value)
+
+
+LETTERED = {
+    ("A.x", "B．y", "C、z", " D: w "): ("x", "y", "z", "w"),
+    ("A.x", "B.y", "Cz", "D.w"): ("x", "y", "z", "w"),  # one lost its mark
+    ("A.x", "B.y", "c", "d"): ("x", "y", "c", "d"),
+    ("A. x", " y", "z", "w"): ("A. x", "y", "z", "w"),  # one of four is the choice's own
+    ("A国", "B国", "C国", "D国"): ("A国", "B国", "C国", "D国"),
+    ("B.x", "A.y", "D.z", "C.w"): ("B.x", "A.y", "D.z", "C.w"),
+}
+
+
+@pytest.mark.parametrize("choices", LETTERED)
+def test_letters_that_a_file_puts_before_its_choices_are_taken_off(choices):
+    assert unlabelled(list(choices)) == LETTERED[choices]
 
 
 def test_the_last_mark_of_a_solution_is_the_one(tmp_path):
