@@ -152,7 +152,8 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, case):
 
 LETTERED = {
     ("A.x", "B．y", "C、z", " D: w "): ("x", "y", "z", "w"),
-    ("A.x", "B.y", "Cz", "D.w"): ("x", "y", "z", "w"),  # one lost its mark
+    ("A.x", "B.y", "C只要", "D.w"): ("x", "y", "只要", "w"),  # one lost its mark
+    ("A.x", "B.y", "Cat", "D.w"): ("x", "y", "Cat", "w"),
     ("A.x", "B.y", "c", "d"): ("x", "y", "c", "d"),
     ("A. x", " y", "z", "w"): ("A. x", "y", "z", "w"),  # one of four is the choice's own
     ("A国", "B国", "C国", "D国"): ("A国", "B国", "C国", "D国"),
