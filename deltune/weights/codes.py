@@ -32,8 +32,8 @@ GRID_8BIT = 32767.5  # the 8-bit code of a scaled value is that of the nearest o
 def levels(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The values of the sixteen codes [16] in float32, between -1 and 1. FP4 has its zero twice, as codes 0 and 8."""
     if kind == "nf4":
-        return torch.tensor(NF4, device=device)
-    above = torch.tensor(FP4, device=device)
+        return torch.tensor(NF4, dtype=torch.float32, device=device)
+    above = torch.tensor(FP4, dtype=torch.float32, device=device)
     return torch.cat([above, 0.0 - above]) / 12.0
 
 
@@ -52,7 +52,7 @@ def _search(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     order = torch.argsort(table, stable=True)
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     cells = _cells(bounds.clone())
-    bound = torch.full((2 * CELLS + 1,), torch.inf, device=device)
+    bound = torch.full((2 * CELLS + 1,), torch.inf, dtype=torch.float32, device=device)
     bound[cells.long()] = bounds
     below = torch.bucketize(torch.arange(2 * CELLS + 1, device=device), cells.long())  # bounds in lower cells
     codes = torch.stack([order[below], order[(below + 1).clamp(max=15)]], 1)
@@ -74,7 +74,7 @@ def quantise_4bit(values: Tensor, kind: str, block_size: int) -> tuple[Tensor, T
     n, device = values.numel(), values.device
     bound, code = _search(kind, device)
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(-(-n // block_size), device=device)
+    scales = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     if values.is_meta:
         return codes, scales
     for start in range(0, n, CHUNK_VALUES):  # a multiple of every block size
@@ -121,10 +121,10 @@ def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> T
     bits are those that the exponent leaves. Without a sign the fraction has its bit."""
     positive = []
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         positive += (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     negative = [-value for value in positive] if signed else []
-    return torch.tensor(sorted([0.0, 1.0, *positive, *negative]), device=device)
+    return torch.tensor(sorted([0.0, 1.0, *positive, *negative]), dtype=torch.float32, device=device)
 
 
 @cache
