@@ -45,7 +45,7 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     """(result, answers). The result holds `all` and `sources`, each with its metrics, and what produced them."""
     from deltune.commands import text_scores
     from deltune.commands.batching import settled
-    from deltune.commands.open_model import opened, provenance
+    from deltune.commands.open_model import opened_fast, provenance
     from deltune.data.loader import eval_batches
     from deltune.evaluation.exact import exact_match
     from deltune.evaluation.lm import evaluate_by_source
@@ -53,7 +53,7 @@ def measure(settings: EvalSettings) -> tuple[dict[str, Any], list[dict[str, Any]
     from deltune.models.head import described
 
     began = time.perf_counter()
-    with opened(settings, fast=settings.fast == "auto") as place:
+    with opened_fast(settings) as place:
         dataset = evaluation_data(settings, place.tokenizer)
         packed = settled(settings.data, place.model).packed
         batches = eval_batches(

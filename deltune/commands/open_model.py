@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from deltune.engines.engine import Engine
     from deltune.models.generation import GenerateOptions
-    from deltune.settings import Generation, Trained
+    from deltune.settings import EvalSettings, Generation, Trained
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,17 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
         yield Opened(engine.place(model), tokenizer, engine)
     finally:
         engine.close()
+
+
+@contextmanager
+def opened_fast(settings: EvalSettings) -> Iterator[Opened]:
+    """The same, computed in fast forms as in training, unless `settings.fast` says otherwise."""
+    from deltune.commands import fast
+
+    with opened(settings, fast=settings.fast == "auto") as place:
+        if settings.fast == "auto":
+            fast.put(place.model, adapted=settings.adapter is not None)
+        yield place
 
 
 def options_of(settings: Generation) -> GenerateOptions:

@@ -137,12 +137,12 @@ def in_order(exam: Exam, found: dict[str, Prediction]) -> list[Prediction]:
 
 def main(settings: EvalSettings) -> int:
     """`deltune eval task=...`."""
-    from deltune.commands.open_model import opened
+    from deltune.commands.open_model import opened_fast
 
     exams = [read(config, config.task, settings.seed) for config in settings.tasks]
     for exam, config in zip(exams, settings.tasks, strict=True):
         pool_of(config, exam.task)  # what is missing is told before the model is loaded
-    with opened(settings, fast=settings.fast == "auto") as place:
+    with opened_fast(settings) as place:
         results = {exam.name: measure(settings, config, exam, place) for exam, config in zip(exams, settings.tasks, strict=True)}
     if dist.is_main():
         print(table(results))

@@ -43,7 +43,7 @@ class EvalSettings(Trained):
     limit: int | None = of_task("limit")
     against: str | None = option(None, "The `out` of another evaluation of the same tasks: differences, with a paired test.")
     micro_batch: int = option(8, "Examples in one forward pass; with `task`, as much as so many of the longest prompts.", gt=0)
-    fast: str = option("auto", "auto computes attention and norms in their fast forms wherever these are exact; off runs the plain ones.", choices=("auto", "off"))
+    fast: str = option("auto", "auto computes attention, norms and adapters in their fast forms wherever these are exact; off runs the plain ones.", choices=("auto", "off"))
     exact_match: bool = option(False, "Also generate an answer to each prompt and compare.")
     metrics: list[str] = option([], "Also generate an answer to each prompt and measure it against the reference; normalised_match and f1 as SQuAD, bleu and rouge by sacrebleu and rouge-score.", choices=TEXT_METRICS)
     max_new_tokens: int | None = option(None, "Longest generated answer; null: 64, or with `task` what the template says.", gt=0, unit="tokens")

@@ -77,7 +77,7 @@ class GenerateSettings(Generation):
             found.append("repeat has no effect while temperature is 0: every answer to a row would be the same")
         if self.stratify is not None and self.sample is None:
             found.append("stratify has no effect without sample")
-        if self.out is not None and Path(self.out).suffix not in OUTPUTS:
+        if self.file is not None and self.out is not None and Path(self.out).suffix not in OUTPUTS:
             found.append(f"out must end in {', '.join(OUTPUTS)}")
         for name in self.adapters:
             if name == "default":

@@ -28,8 +28,9 @@ from deltune.models.head import Head, scores
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-# Tokens that a node must save: fewer are computed several times rather than in a forward pass of their own.
-WORTH = 64
+# Tokens that a forward pass of its own must save, of those that are computed several times or of padding: a pass costs so
+# much by itself, on a device that is waited for much more.
+WORTH, WORTH_ON_DEVICE = 64, 1024
 NUM_PROBED = 24  # tokens
 
 
@@ -85,7 +86,7 @@ def score(
     with inference(model), undisturbed_random(model), autocast():
         if share is None:
             share = shares(model)
-        tree = _tree(rows, slots, WORTH if share else None)
+        tree = _tree(rows, slots, worth(model) if share else None)
         budget = batch * max((len(row) for row in rows), default=0)
         _Runner(model, head, budget, sums, missed, work or Work()).run(tree)
     if greedy is not None:
@@ -93,6 +94,10 @@ def score(
         greedy += [list(itertools.islice(found, len(request.options))) for request in requests]
     values = iter(sums.tolist())
     return [list(itertools.islice(values, len(request.options))) for request in requests]
+
+
+def worth(model: nn.Module) -> int:
+    return WORTH if next(model.parameters()).device.type == "cpu" else WORTH_ON_DEVICE
 
 
 def _rows(requests: Sequence[Request]) -> tuple[list[np.ndarray], list[list[tuple[int, int, int]]]]:
@@ -158,7 +163,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 class _Runner:
     def __init__(self, model: nn.Module, head: Head | None, budget: int, sums: np.ndarray, missed: np.ndarray, work: Work):
         self.model, self.head, self.budget, self.sums, self.missed, self.work = model, head, budget, sums, missed, work
-        self.device = next(model.parameters()).device
+        self.device, self.worth = next(model.parameters()).device, worth(model)
         self.windows = any(layer.is_sliding for layer in new_cache(model).layers)
 
     def run(self, nodes: Sequence[Node]) -> None:
@@ -170,12 +175,15 @@ class _Runner:
                 node.cache = None
 
     def batches(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
-        """Nodes with equally long beginnings and of like length, the longest first, since they need the most memory."""
+        """Nodes with equally long beginnings and of like length, the longest first, since they need the most memory. Padding
+        adds up to less than a forward pass costs."""
         chosen: list[Node] = []
+        padding = 0
         for node in sorted(nodes, key=lambda node: (node.start, node.stop), reverse=True):
-            if chosen and not self.fits(node, chosen):
+            padding += chosen[0].stop - node.stop if chosen else 0
+            if chosen and (padding > self.worth or not self.fits(node, chosen)):
                 yield chosen
-                chosen = []
+                chosen, padding = [], 0
             chosen.append(node)
         if chosen:
             yield chosen
