@@ -47,13 +47,13 @@ class Case:
 
 MMLU, C3, LOGIQA = "mmlu/zero_shot_mmlu_val.json", "c3/c3-d-dev.json", "logiqa2/dev.txt"
 CASES = (
-    Case("MMLU, 5 shots, letters", "random-29m", "mmlu", MMLU, "letters", 5, 8),
-    Case("MMLU, 0 shots, letters", "random-29m", "mmlu", MMLU, "letters", 0, 8),
-    Case("MMLU, 0 shots, choices", "random-29m", "mmlu", MMLU, "likelihood", 0, 6),
-    Case("LogiQA 2, 0 shots, choices", "random-29m", "logiqa2", LOGIQA, "likelihood", 0, 6),
-    Case("C3-d, 0 shots, choices", "bundled", "c3-d", C3, "likelihood", 0, 16),
-    Case("MMLU, 3 shots, letters", "bundled", "mmlu", MMLU, "letters", 3, 64),
-    Case("MMLU, 0 shots, letters", "bundled", "mmlu", MMLU, "letters", 0, 64),
+    Case("MMLU, 5 shots, letters", "random-29m", "mmlu", MMLU, "letters", 5, 22),
+    Case("MMLU, 0 shots, letters", "random-29m", "mmlu", MMLU, "letters", 0, 24),
+    Case("MMLU, 0 shots, choices", "random-29m", "mmlu", MMLU, "likelihood", 0, 24),
+    Case("LogiQA 2, 0 shots, choices", "random-29m", "logiqa2", LOGIQA, "likelihood", 0, 16),
+    Case("C3-d, 0 shots, choices", "bundled", "c3-d", C3, "likelihood", 0, 40),
+    Case("MMLU, 3 shots, letters", "bundled", "mmlu", MMLU, "letters", 3, 200),
+    Case("MMLU, 0 shots, letters", "bundled", "mmlu", MMLU, "letters", 0, 200),
 )
 
 
