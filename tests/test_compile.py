@@ -137,11 +137,12 @@ def test_methods_run_compiled(name):
     plain = copy.deepcopy(model)
     compile_blocks(model, CPU, backend="eager")
     make = pad if cannot_pack(model) else join
-    for lengths in ([30, 20], [10, 40]):  # the second may show that a number is not always the same
+    # the second may show that a number is not always the same, the others that few tokens go another way
+    for lengths in ([30, 20], [10, 40], [7, 13], [22, 11]):
         agree(model, plain, batch(lengths, make))
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    for lengths in ([7, 31], [22, 11], [19, 50]):
+    for lengths in ([19, 50], [9, 9], [16, 17]):
         agree(model, plain, batch(lengths, make))
     assert counters["stats"]["unique_graphs"] == graphs  # no length is compiled anew
 
