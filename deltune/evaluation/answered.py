@@ -14,6 +14,7 @@ from typing import Any
 
 from deltune.errors import ConfigError, DataError
 from deltune.evaluation.statistics import Paired, Score, macro_mean, mean, paired_by_id, require_same_ids
+from deltune.evaluation.tasks.reading import json_rows
 from deltune.evaluation.text_metrics import Measured, measured, recall_at_k
 
 FILE = "predictions.jsonl"
@@ -79,16 +80,10 @@ class Answers:
 def read(path: Path) -> Answers:
     """A file of items, or the folder that `eval` wrote. DataError names file and line."""
     path = path / FILE if path.is_dir() else path
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
     items: dict[str, Item] = {}
     kinds: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        kind, item = _item(line, f"{path}:{number}", number)
+    for _, where, row in json_rows(path):
+        kind, item = _item(row, where)
         if item.id in items:
             raise DataError(f"{item.where}: item {item.id} is there a second time; the first is {items[item.id].where}")
         items[item.id] = item
@@ -98,14 +93,9 @@ def read(path: Path) -> Answers:
     return Answers(next(iter(kinds)), list(items.values()))
 
 
-def _item(line: str, where: str, number: int) -> tuple[str, Item]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, and a line must be an object")
-    name = str(next((row[key] for key in _IDS if row.get(key) is not None), number))
+def _item(row: dict[str, Any], where: str) -> tuple[str, Item]:
+    line = where.rpartition(":")[2]
+    name = str(next((row[key] for key in _IDS if row.get(key) is not None), line))
     group = str(row.get("group") or "")
     if isinstance(row.get("ranked"), list) and isinstance(row.get("gold"), list):
         return "ranked", Item(where, name, group, row["ranked"], tuple(row["gold"]))

@@ -20,6 +20,7 @@ import numpy as np
 
 from deltune.errors import DataError
 from deltune.evaluation.statistics import RESAMPLES, Score, bootstrap, wilson_interval
+from deltune.evaluation.tasks.reading import json_rows
 from deltune.log import logger
 
 _PAIR = re.compile(r"\s*(-?\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(-?\d+(?:\.\d+)?)\s*")
@@ -57,8 +58,7 @@ class Match:
 def read(path: Path) -> tuple[str, list[Review]]:
     """(protocol, reviews) of a file of JSON lines: "relative" or "pairwise". DataError names file and line."""
     reviews, kinds, seen = [], {}, {}
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
+    for _, where, row in json_rows(path):
         review, kind = _review(row, where)
         if kind is not None:
             kinds.setdefault(kind, where)
@@ -73,23 +73,6 @@ def read(path: Path) -> tuple[str, list[Review]]:
     if not kinds:
         raise DataError(f"{path}: not one of its {len(reviews)} verdicts can be read")
     return next(iter(kinds)), reviews
-
-
-def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a {type(row).__name__}, and a row must be an object")
-        yield number, row
 
 
 def _review(row: dict[str, Any], where: str) -> tuple[Review, str | None]:
@@ -259,7 +242,7 @@ def common_opponent(found: Sequence[Match]) -> str | None:
 
 def answer_ids(path: Path) -> list[str]:
     """The ids in a file of one system's answers."""
-    ids = [str(row["answer_id"]) for _, row in _rows(path) if "answer_id" in row]
+    ids = [str(row["answer_id"]) for _, _, row in json_rows(path) if "answer_id" in row]
     if not ids:
         raise DataError(f"{path}: no answer_id in it, so it names no answers")
     return ids
@@ -268,10 +251,10 @@ def answer_ids(path: Path) -> list[str]:
 def categories(path: Path) -> dict[str, str]:
     """The category of each question, from a file of questions."""
     found = {}
-    for number, row in _rows(path):
+    for _, where, row in json_rows(path):
         question = row.get("question_id", row.get("message_id"))
         if question is None or "category" not in row:
-            raise DataError(f"{path}:{number}: a question needs question_id and category")
+            raise DataError(f"{where}: a question needs question_id and category")
         found[str(question)] = str(row["category"])
     return found
 

@@ -28,7 +28,7 @@ def text_of(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise bad(str(path), f"byte {error.start} is not UTF-8", "a text file in UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
