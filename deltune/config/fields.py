@@ -85,6 +85,11 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
+def changed(section: Any, name: str) -> bool:
+    """Whether a section's field differs from its default."""
+    return getattr(section, name) != default_of(next(field for field in dataclasses.fields(section) if field.name == name))
+
+
 @functools.cache
 def hints(cls: type) -> Mapping[str, Any]:
     """Each field's type, evaluated."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltune.config.fields import option
+from deltune.config.fields import changed, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,11 +98,6 @@ REFUSED = {
     "continuous_batching_config": "batches are made of prompts of like length",
     **dict.fromkeys(("transformers_version", "_from_model_config"), "a record of the file, no setting"),
 }  # fmt: skip
-
-
-def changed(config: DecodingConfig, key: str) -> bool:
-    """Whether a field differs from its default."""
-    return getattr(config, key) != getattr(DecodingConfig(), key)
 
 
 def by_place(config: DecodingConfig) -> bool:

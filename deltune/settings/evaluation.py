@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from deltune.config.fields import choice, option, section
+from deltune.config.fields import changed, choice, option, section
 from deltune.data.config import DataConfig
 from deltune.engines.config import ENGINES, EngineConfig
-from deltune.settings.rules import changed, task_rules
+from deltune.settings.rules import task_rules
 from deltune.settings.trained import Trained
 from deltune.training.config import TaskConfig
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltune.config.fields import option, section
+from deltune.config.fields import changed, option, section
 from deltune.models import decoding
 from deltune.models.decoding import DecodingConfig
-from deltune.settings.rules import changed
 from deltune.settings.trained import Trained
 
 OUTPUTS = (".jsonl", ".json", ".csv", ".parquet")
@@ -43,7 +42,7 @@ class Generation(Trained):
         found = super().problems()
         if not self.do_sample:
             keys = [key for key in ("top_p", "top_k", "min_p") if changed(self, key)]
-            keys += [f"decoding.{key}" for key in decoding.DRAWING if decoding.changed(self.decoding, key)]
+            keys += [f"decoding.{key}" for key in decoding.DRAWING if changed(self.decoding, key)]
             found += [f"{key} has no effect while temperature is 0: nothing is drawn" for key in keys]
         if self.choices and self.choices_file is not None:
             found.append("choices cannot be given together with choices_file")

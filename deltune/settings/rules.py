@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from deltune.config.fields import changed
 from deltune.data.mix import problems as mix_problems
 from deltune.errors import ConfigError
 from deltune.models.config import ModelConfig
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 SINKS_WITH_PROJECT = ("wandb", "mlflow", "trackio")
 METRICS = ("loss", "perplexity", "token_accuracy", "exact_match")
 NAME = re.compile(r"\w[\w.+=-]{0,199}")
-
-
-def changed(value: Any, key: str) -> bool:
-    """Whether a section's field differs from its default."""
-    field = next(field for field in fields(value) if field.name == key)
-    default = field.default if field.default is not MISSING else field.default_factory()
-    return getattr(value, key) != default
 
 
 def _whole_if_count(key: str, value: float) -> Iterator[str]:

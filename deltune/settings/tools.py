@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltune.config.fields import option, section
+from deltune.config.fields import changed, option, section
 from deltune.data.config import DataConfig
 from deltune.models.config import ModelConfig
-from deltune.settings.rules import changed
 from deltune.settings.trained import Trained
 from deltune.training.config import TrainConfig
 

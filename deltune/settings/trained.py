@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltune.config.fields import choice, option, section
+from deltune.config.fields import changed, choice, option, section
 from deltune.engines.config import Single
 from deltune.models.config import QUANTS, VOCABULARY, ModelConfig, QuantConfig
-from deltune.settings.rules import changed, compute_rule, revision_rule
+from deltune.settings.rules import compute_rule, revision_rule
 
 
 @dataclass(frozen=True)
