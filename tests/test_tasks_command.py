@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from deltune.commands import tasks
 from deltune.commands.eval import main
 from deltune.errors import ConfigError, DataError, Interrupted
 from deltune.settings import EvalSettings, load, load_run
+from tests.test_train_command import StopAt
 from tests.tiny import save_tiny
 
 SUBJECTS = ("law", "physics", "art")
@@ -152,12 +151,6 @@ def test_rules_of_a_run(more, said):
 # -- during training --------------------------------------------------------------------------------------------
 
 
-class StopAt(deltune.Callback):
-    def on_step(self, record):
-        if record.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_run_measures_tasks_and_goes_on_exactly(tiny_folder, mmlu, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": str(i)}) + "\n" for i in range(8)))
@@ -168,7 +161,7 @@ def test_a_run_measures_tasks_and_goes_on_exactly(tiny_folder, mmlu, tmp_path):
     }  # fmt: skip
     straight = deltune.train(shared | {"name": "straight"})
     with pytest.raises(Interrupted):
-        deltune.train(shared | {"name": "stopped"}, callbacks=[StopAt()])
+        deltune.train(shared | {"name": "stopped"}, callbacks=[StopAt(3)])
     deltune.train(shared | {"name": "stopped"})
 
     def evaluations(name):

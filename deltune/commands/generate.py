@@ -134,10 +134,10 @@ def answering(place: Opened, name: str | None) -> Iterator[None]:
 def load_others(place: Opened, settings: GenerateSettings) -> None:
     """Put the further adapters on the model, at rest."""
     from deltune.adapters.files import load_adapter
-    from deltune.models.load import originals
+    from deltune.commands.open_model import originals_of
 
     for name, folder in settings.adapters.items():
-        load_adapter(place.model, folder, name=name, originals=None if settings.quant.name == "none" else originals(settings.model))
+        load_adapter(place.model, folder, name=name, originals=originals_of(settings))
     if settings.adapters:
         place.engine.place(place.model).requires_grad_(False)
 

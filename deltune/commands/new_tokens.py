@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def set_moving(run: Run, model: PreTrainedModel) -> None:
     """Attach the run's adapter, or choose the model's own parameters, and start the rows of new tokens. On the meta device
     there is nothing to start."""
-    from deltune.models.load import new_vocabulary, originals
+    from deltune.commands.open_model import originals_of
+    from deltune.models.load import new_vocabulary
     from deltune.models.select import select_trainable
 
     new = new_vocabulary(run.model)
@@ -31,7 +32,7 @@ def set_moving(run: Run, model: PreTrainedModel) -> None:
         from deltune.adapters.attach import attach
 
         config = run.adapter if new is None else with_rows(run.adapter, model, new.ids)
-        attach(model, config, seed=run.seed, originals=None if run.quant.name == "none" else originals(run.model))
+        attach(model, config, seed=run.seed, originals=originals_of(run))
     if new is not None and model.device.type != "meta":
         start(run, model, new)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from deltune.engines.engine import Engine
     from deltune.models.generation import GenerateOptions
-    from deltune.settings import EvalSettings, Generation, Trained
+    from deltune.settings import EvalSettings, Generation, Run, Trained
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
     from deltune.adapters.files import load_adapter
     from deltune.commands.arithmetic import of_use
     from deltune.engines.build import build
-    from deltune.models.load import check_pair, load, load_tokenizer, originals
+    from deltune.models.load import check_pair, load, load_tokenizer
 
     engine = build(settings.engine)
     try:
@@ -40,12 +41,19 @@ def opened(settings: Trained, *, as_stored: bool = False, fast: bool = True) -> 
         if not as_stored:
             engine.compute_in(of_use(settings, model, engine.device))
         if settings.adapter is not None:
-            load_adapter(model, settings.adapter, originals=None if settings.quant.name == "none" else originals(settings.model))
+            load_adapter(model, settings.adapter, originals=originals_of(settings))
         check_pair(model.config, tokenizer)  # after the adapter, which may bring tokens
         model.requires_grad_(False)
         yield Opened(engine.place(model), tokenizer, engine)
     finally:
         engine.close()
+
+
+def originals_of(settings: Trained | Run) -> Callable[[str], Tensor] | None:
+    """What gives a quantised layer's weight as its file has it, for adapters that look at it; None on a plain base."""
+    from deltune.models.load import originals
+
+    return None if settings.quant.name == "none" else originals(settings.model)
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltune.config.fields import changed
 from deltune.errors import ConfigError, ModelError
 from deltune.models.choosing import Chooser, Only, check_numbers, trie_of
-from deltune.models.decoding import DRAWING, DecodingConfig, by_place, changed, transformers_fields
+from deltune.models.decoding import DRAWING, DecodingConfig, by_place, transformers_fields
 from deltune.models.text import AnswerText
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ def generate(
         beams = options.decoding.num_beams > 1
         if beams and options.temperature:
             batch = 1  # its draws are torch's, one stream for all that a batch holds
-        window = 0 if by_place(options.decoding) else context_window(model)
-        for chosen in _batches([len(ids) for ids in all_ids], batch, window, options.max_new_tokens):
+        lengths = [len(ids) for ids in all_ids]
+        for chosen in _batches(lengths, batch, context_window(model), options.max_new_tokens, alike=by_place(options.decoding)):
             run = _search if beams else _run
             found = run(model, tokenizer, [all_ids[i] for i in chosen], [numbers[i] for i in chosen], options)
             for i, answer in zip(chosen, found if beams else found.answers(), strict=True):
@@ -105,18 +106,17 @@ def generate(
     return answers
 
 
-def _batches(lengths: list[int], batch: int, window: int | None, max_new_tokens: int) -> Iterator[list[int]]:
+def _batches(lengths: list[int], batch: int, window: int | None, max_new_tokens: int, *, alike: bool) -> Iterator[list[int]]:
     """Places of prompts of like length, longest first, since they need the most memory.
 
     A prompt whose answer the context window cuts short shares a batch with its equals only: in a mixed one it would
-    go on beside longer answers, past the last position that a model with learned positions has. With a window of 0 all
-    prompts of a batch are of one length.
+    go on beside longer answers, past the last position that a model with learned positions has. `alike`: all do so.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
         chosen = order[:batch]
         longest = lengths[chosen[0]]
-        if window is not None and longest + max_new_tokens > window:
+        if alike or (window is not None and longest + max_new_tokens > window):
             chosen = [i for i in chosen if lengths[i] == longest]
         yield chosen
         order = order[len(chosen) :]
