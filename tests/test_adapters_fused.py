@@ -66,7 +66,8 @@ def seeded(make, dtype):
 
 
 def config_of(method="lora", **changes):
-    return named(method, **(dict(METHODS[method].small) | changes))
+    small = {key: value for key, value in METHODS[method].small.items() if not isinstance(value, list)}  # a list names modules of another model
+    return named(method, **(small | changes))
 
 
 def pair(make=llama, method="lora", base=torch.float32, moved=True, **changes):

@@ -125,6 +125,7 @@ class Vera(Delta):
     """ΔW = diag(b)·B·diag(d)·A. b = 0 and d is small at the start, so ΔW = 0 and b has a gradient, for B is not zero."""
 
     peft = _vera_format("vera")
+    in_product_form = True
 
     @classmethod
     def banks(cls, config: VeraConfig) -> Mapping[str, tuple[str, type[Bank]]]:
@@ -141,7 +142,7 @@ class Vera(Delta):
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         A, B = self.shared.pair(self.site.n_out, self.site.n_in)
-        return self.vera_lambda_b.unsqueeze(1) * B, self.vera_lambda_d.unsqueeze(1) * A, 1.0
+        return self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d, A, 1.0  # A as it is: it has no gradient
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         A, B = self.shared.pair(self.site.n_out, self.site.n_in)
@@ -260,6 +261,8 @@ class TiedPair(Bank):
 
 class TiedLora(Ranked):
     """ΔW = s·diag(v)·B·diag(u)·A. The first trained one of B, v, u and A starts at zero, the others do not."""
+
+    in_product_form = True
 
     @classmethod
     def banks(cls, config: TiedLoraConfig) -> Mapping[str, tuple[str, type[Bank]]]:

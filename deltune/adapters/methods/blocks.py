@@ -1,7 +1,8 @@
 """Low-rank changes cut into blocks: MELoRA, GraLoRA, BD-LoRA, PRoLoRA.
 
 Legend: W is [out, in]; r is the rank; s the scale; x is [..., in]. blockdiag(M₁ … Mₙ) has the blocks on its diagonal and
-zeros elsewhere. It is never formed in a forward pass: n blocks side by side are one batch of n products.
+zeros elsewhere. A batch of n products for n blocks passes over x and y, and such a layer is in no node with others; where
+blockdiag has few zeros to multiply with it is formed instead.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from deltune.adapters import draw
 from deltune.adapters.config import RankedConfig
 from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.dense import is_short
 from deltune.adapters.fit import must_divide
 from deltune.adapters.init import starts, svd
+from deltune.adapters.layers import Site
 from deltune.adapters.ranked import SCALINGS, Ranked
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -54,6 +57,11 @@ METHODS = {
         "small": {"rank": 4, "unshared": 1},
     },
 }
+
+
+def few(zeros: int, site: Site) -> bool:
+    """Whether multiplying each input and output by so many zeros takes less than passes over them, by measurement."""
+    return zeros <= (256 if is_short(site.dtype) else 32)
 
 
 def each(x: Tensor, blocks: Tensor) -> Tensor:
@@ -94,6 +102,10 @@ class MeloraConfig(RankedConfig):
 
 class Melora(Ranked):
     """ΔW = s·blockdiag(B)·blockdiag(A), A [n, r, in/n], B [n, out/n, r], or that less its start."""
+
+    @property
+    def in_product_form(self) -> bool:
+        return few((self.config.blocks - 1) * self.rank * (2 if self.is_taken_out else 1), self.site)
 
     def build(self) -> None:
         n, site = self.config.blocks, self.site
@@ -208,6 +220,10 @@ class Gralora(Ranked):
         lacks=frozenset({"exclude_modules"}),
     )
 
+    @property
+    def in_product_form(self) -> bool:
+        return few((self.config.blocks - 1) * self.rank, self.site)
+
     def build(self) -> None:
         k, hybrid, site = self.config.blocks, self.config.hybrid_rank, self.site
         must_divide(site, "blocks", k, rank=self.rank, inputs=site.n_in, outputs=site.n_out)
@@ -317,6 +333,7 @@ def _bd_lora_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
 class BdLora(Ranked):
     """ΔW = s·BA. A block-diagonal factor holds its n blocks one below the other: A [r, in/n] or B [out, r/n]."""
 
+    in_product_form = True
     peft = PeftFormat(
         type="LORA",
         write=_bd_lora_to_peft,

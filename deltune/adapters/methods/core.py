@@ -229,6 +229,7 @@ class NLora(Cored):
     IntTune freezes A and B, so that only the difference of the cores is left: s·B·(N − N₀)·A.
     """
 
+    in_product_form = True
     MOST = 0.2  # of ‖W‖: what a start may add, or subtract
 
     def build(self) -> None:
@@ -298,6 +299,13 @@ class NLora(Cored):
         if not self.subtracts or self.config.mode == "inttune":
             return left, right, scale
         return torch.cat([left, -self.first_B @ self.first_N], 1), torch.cat([right, self.first_A]), scale
+
+    def running_product(self) -> tuple[Tensor, Tensor, float]:
+        if not self.subtracts or self.config.mode == "inttune":
+            return super().product()
+        # B·N·A − B₀·N₀·A₀ as B·N·(A − A₀) + (B·(N − N₀) + (B − B₀)·N₀)·A₀: zeros at the start
+        moved = self.lora_B @ (self.lora_N - self.first_N) + (self.lora_B - self.first_B) @ self.first_N
+        return torch.cat([self.lora_B @ self.lora_N, moved], 1), torch.cat([self.lora_A - self.first_A, self.first_A]), self.scale
 
     def delta(self, W: Tensor | None) -> Tensor:
         change = (self.lora_B @ (self.core() * self.scale)) @ self.lora_A
@@ -424,6 +432,7 @@ DROPPED_A, DROPPED_B = "kasa_dropped_A", "kasa_dropped_B"  # PEFT passes over th
 class Kasa(Cored):
     """ΔW = s·B·diag(d)·A − UΣVᵀ of the `rank` smallest triplets of W, which are saved beside PEFT's tensors."""
 
+    in_product_form = True
     averages_loss = True  # as in the authors' code; PEFT leaves the sum to the user
     peft = PeftFormat(
         type="LORA",

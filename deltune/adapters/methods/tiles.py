@@ -184,6 +184,7 @@ def _can_peft(config: MissConfig | MissBatConfig) -> bool:
 class Miss(Delta):
     """ΔW = DᵀP: column j of ΔW is row j mod r of D [r, out], or of D [r, r'] repeated over the outputs. D starts at zero."""
 
+    ONES = 128  # multiplications of each number of x that a layer in a node of others gains over summing up by itself
     peft = PeftFormat(
         type="MISS",
         write=lambda config: {
@@ -204,6 +205,10 @@ class Miss(Delta):
     @classmethod
     def check(cls, config: MissConfig, names: Sequence[str]) -> None:
         check_patterns(names, rank_pattern=config.rank_pattern)
+
+    @property
+    def in_product_form(self) -> bool:
+        return self.rank <= self.ONES  # P has that many rows
 
     def build(self) -> None:
         self.rank = rank_at(self.site, self.config.rank_pattern, self.config.rank)
