@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
@@ -79,6 +80,69 @@ class Ia3Config(AdapterConfig):
         return Ia3
 
 
+class Scaled(torch.autograd.Function):
+    """h + d ⊙ h + b for h [..., out], with d [out] and b [out] or None: h is all that it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, d: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h, d)
+        y = torch.addcmul(h, h, d.to(h.dtype))
+        return y if b is None else y.add_(b.to(h.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        h, d = ctx.saved_tensors
+        spare = torch.mul(g, h)
+        to_d = spare.view(-1, len(d)).sum(0).to(d.dtype)
+        to_b = g.reshape(-1, len(d)).sum(0).to(d.dtype) if ctx.needs_input_grad[2] else None
+        to_h = torch.addcmul(g, g, d.to(g.dtype), out=spare) if ctx.needs_input_grad[0] else None
+        return to_h, to_d, to_b
+
+
+class Turned(torch.autograd.Function):
+    """h + c ⊙ h + s ⊙ (h with the halves of each group exchanged), for h [..., out], c and s [g, 2, n]: h is all that it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(h, c, s)
+        return _turned(h, c, s, torch.empty_like(h))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        h, c, s = ctx.saved_tensors
+        spare = torch.mul(g, h)
+        to_c = _by_output(spare, c)
+        for mine, other, into in zip(_halves(g, s), reversed(_halves(h, s)), _halves(spare, s), strict=True):
+            torch.mul(mine, other, out=into)
+        to_s = _by_output(spare, s)
+        return _turned(g, c, s.flip(1), spare) if ctx.needs_input_grad[0] else None, to_c, to_s
+
+
+def _halves(h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of h [..., out], each [..., g, n]."""
+    return h.unflatten(-1, s.shape).unbind(-2)
+
+
+def _turned(h: Tensor, c: Tensor, s: Tensor, out: Tensor) -> Tensor:
+    """What `Turned` says, written into `out`. The factors of one output each are one vector, which is faster than a broadcast."""
+    torch.addcmul(h, h, c.flatten().to(h.dtype), out=out)
+    for other, factor, into in zip(reversed(_halves(h, s)), s.to(h.dtype).unbind(1), _halves(out, s), strict=True):
+        into.addcmul_(other, factor)
+    return out
+
+
+def _by_output(product: Tensor, like: Tensor) -> Tensor:
+    """The sum over all tokens of [..., out], in the shape and type of `like`."""
+    return product.reshape(-1, product.shape[-1]).sum(0).view(like.shape).to(like.dtype)
+
+
+def scaled(y: Tensor, z: Tensor, d: Tensor) -> Tensor:
+    """y + d ⊙ z."""
+    return Scaled.apply(y, d, None) if z is y else torch.addcmul(y, z, d.to(y.dtype))
+
+
 class Road(Delta):
     """y' = R y. Legend: g groups of h pairs; halves [..., g, 2, h]."""
 
@@ -112,7 +176,7 @@ class Road(Delta):
         if self.config.variant == "road_1":
             theta, alpha = theta.view(-1, 1, h), alpha.view(-1, 1, h)
             c, s = alpha * theta.cos() - 1, alpha * theta.sin()
-            return c, torch.cat([-s, s], dim=1)
+            return torch.cat([c, c], dim=1), torch.cat([-s, s], dim=1)
         if self.config.variant == "road_2":
             theta, alpha = theta.view(-1, 2, h), alpha.view(-1, 2, h)
             c, s = alpha * theta.cos() - 1, alpha * theta.sin()
@@ -121,23 +185,22 @@ class Road(Delta):
             c, s = alpha[:, 0] * theta[:, 0].cos() - 1, alpha[:, 1] * theta[:, 1].sin()
         return c, torch.cat([-s[:, :1], s[:, 1:]], dim=1)
 
-    def turned(self, y: Tensor, z: Tensor) -> Tensor:
-        """y + (R − I) z, both [..., out]."""
+    def change(self, y: Tensor) -> Tensor:
+        """(R − I) y for y [..., out]."""
         c, s = (t.to(y.dtype) for t in self.coefficients())
-        halves = z.unflatten(-1, (-1, 2, self.config.group_size // 2))
-        out = torch.addcmul(halves if z is y else y.unflatten(-1, halves.shape[-3:]), halves, c)
-        return torch.addcmul(out, halves.flip(-2), s).flatten(-3)
+        halves = y.unflatten(-1, c.shape)
+        return torch.addcmul(halves * c, halves.flip(-2), s).flatten(-3)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         seen = base.drop(x)
-        return self.turned(y, y if seen is x else base(seen))
+        return Turned.apply(y, *self.coefficients()) if seen is x else y + self.change(base(seen))
 
     def delta(self, W: Tensor) -> Tensor:
-        return self.turned(torch.zeros_like(W.T), W.T).T
+        return self.change(W.T).T
 
     def bias_delta(self, W: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else self.turned(torch.zeros_like(bias), bias)
+        return None if bias is None else self.change(bias)
 
 
 def _ia3_to_peft(config: Ia3Config) -> dict[str, Any]:
@@ -192,9 +255,9 @@ class Ia3(Delta):
         step = self.ia3_l.flatten() - 1
         seen = base.drop(x)
         if self.on_input:
-            return base(torch.addcmul(x, seen, step.to(x.dtype)))
+            return base(scaled(x, seen, step))
         y = base(x)
-        return torch.addcmul(y, y if seen is x else base(seen), step.to(y.dtype))
+        return scaled(y, y if seen is x else base(seen), step)
 
     def delta(self, W: Tensor) -> Tensor:
         return (self.ia3_l - 1) * W
