@@ -60,7 +60,7 @@ class Candidate:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step(self, ids: torch.Tensor) -> None:
-        own, bnb.dequantise_4bit = bnb.dequantise_4bit, (lambda *_: None) if self.alone else bnb.dequantise_4bit
+        own, bnb.dequantise_4bit = bnb.dequantise_4bit, (lambda *_: False) if self.alone else bnb.dequantise_4bit
         try:
             self.model(input_ids=ids, labels=ids).loss.backward()
         finally:

@@ -97,8 +97,23 @@ def test_int8_is_that_of_bitsandbytes(functional):
 def test_without_bitsandbytes_values_are_the_same(monkeypatch):
     tensors = [weights.quantise(drawn(256, 512, dtype=dtype), kind, block_size=block) for kind, block, dtype in itertools.product(("nf4", "fp4"), (64, 256), TYPES)]
     before = [weights.dequantised(tensor) for tensor in tensors]
-    monkeypatch.setattr(bnb, "dequantise_4bit", lambda *_: None)
+    monkeypatch.setattr(bnb, "dequantise_4bit", lambda *_: False)
     assert all(torch.equal(weights.dequantised(tensor), values) for tensor, values in zip(tensors, before, strict=True))
+
+
+def test_another_release_of_bitsandbytes_gives_the_same_by_its_operator(functional, monkeypatch):
+    tensors = [weights.quantise(drawn(256, 512, dtype=dtype), "nf4") for dtype in TYPES]
+    before = [weights.dequantised(tensor) for tensor in tensors]
+    monkeypatch.setattr(bnb, "_function", lambda *_: None)
+    assert all(torch.equal(weights.dequantised(tensor), values) for tensor, values in zip(tensors, before, strict=True))
+
+
+def test_values_of_a_product_lie_in_memory_that_is_kept():
+    tensors = [weights.quantise(drawn(256, 512), "nf4") for _ in range(2)]
+    places = {quantised._values(tensor, torch.bfloat16, for_now=True).data_ptr() for tensor in tensors}
+    assert len(places) == 1
+    kept = [weights.dequantised(tensor, torch.bfloat16) for tensor in tensors]
+    assert kept[0].data_ptr() != kept[1].data_ptr() and not places & {values.data_ptr() for values in kept}
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: "-".join(map(str, form)))

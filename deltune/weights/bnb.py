@@ -3,8 +3,8 @@ room knows it, and where it is not, or would be slower or wrong, the room's own 
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -38,20 +38,47 @@ def ready(device: torch.device) -> None:
         kernels()
 
 
-def dequantise_4bit(codes: Tensor, scales: Tensor, kind: str, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-    """Values of the shape in fresh memory; None where `codes.dequantise_4bit` is to do it.
+def dequantise_4bit(codes: Tensor, scales: Tensor, kind: str, block_size: int, out: Tensor) -> bool:
+    """Fill `out` [rows, columns]; False, and nothing done, where `codes.dequantise_4bit` is to do it.
 
     On a CPU that is: without AVX-512, for which there is a kernel; rows that are not whole blocks, for which that kernel
     takes the scales of others (bitsandbytes 0.50.2); blocks from 2048 on, for which it calls the compiler instead.
     """
-    if dtype == torch.float64 or codes.device.type not in ("cpu", "cuda"):
-        return None
-    if codes.device.type == "cpu" and (shape[1] % block_size or block_size >= 2048 or not _has_kernel()):
-        return None
-    found = kernels()
-    if found is None:
-        return None
-    return found.dequantize_4bit.default(codes, scales, block_size, kind, list(shape), dtype)
+    if out.dtype == torch.float64 or codes.device.type not in ("cpu", "cuda"):
+        return False
+    if codes.device.type == "cpu" and (out.shape[1] % block_size or block_size >= 2048 or not _has_kernel()):
+        return False
+    if kernels() is None:
+        return False
+    _fill(codes, scales, kind, block_size, out)
+    return True
+
+
+def _fill(codes: Tensor, scales: Tensor, kind: str, block_size: int, out: Tensor) -> None:
+    """Their operator cannot write to memory that is there on a CPU, and new memory takes three times as long as the values:
+    so the function under it is called, in the releases in which it is known to be this."""
+    if codes.device.type == "cuda":
+        kernels().dequantize_4bit.out(codes, scales, block_size, kind, list(out.shape), out.dtype, out=out)
+        return
+    function = _function(kind, out.dtype)
+    if function is None:
+        out.copy_(kernels().dequantize_4bit.default(codes, scales, block_size, kind, list(out.shape), out.dtype))
+        return
+    tensors = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (codes, scales, out))
+    function(*tensors, *map(ctypes.c_longlong, (block_size, *out.shape)))
+
+
+@cache
+def _function(kind: str, dtype: torch.dtype) -> Any:
+    """Of (codes, scales, out, values a block, rows, columns), all contiguous and the scales float32; None in other releases."""
+    import bitsandbytes
+    from bitsandbytes.cextension import lib
+
+    known = bitsandbytes.__version__.startswith("0.50.")
+    return getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{SHORT[dtype]}") if known else None
+
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @cache
@@ -62,7 +89,8 @@ def _has_kernel() -> bool:
     values = torch.linspace(-1, 1, 256).view(2, 128)
     for kind in ("nf4", "fp4"):
         codes, scales = coding.quantise_4bit(values, kind, 64)
-        own = coding.dequantise_4bit(codes, scales, kind, 64, torch.empty(256, dtype=torch.bfloat16))
-        if not torch.equal(own, kernels().dequantize_4bit.default(codes, scales, 64, kind, [2, 128], torch.bfloat16).view(-1)):
+        own, theirs = torch.empty(256, dtype=torch.bfloat16), torch.empty(2, 128, dtype=torch.bfloat16)
+        _fill(codes, scales, kind, 64, theirs)
+        if not torch.equal(coding.dequantise_4bit(codes, scales, kind, 64, own), theirs.view(-1)):
             return False
     return True

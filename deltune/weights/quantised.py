@@ -238,17 +238,13 @@ def _from_codes(
     codes: Tensor, scales: Tensor, scales_of_scales: Tensor | None, mean: Tensor | None, kind: str, block_size: int, shape: Sequence[int], dtype: torch.dtype,
     *, for_now: bool = False,
 ) -> Tensor:  # fmt: skip
-    out = None
-    if kind != "int8":
-        scales = scales if mean is None else coding.dequantise_scales(scales, scales_of_scales, mean)
-        out = bnb.dequantise_4bit(codes, scales, kind, block_size, shape, dtype)
-    if out is None:
-        again = for_now and codes.device.type == "cpu"  # a device's own allocator keeps memory by itself
-        out = scratch("values of a quantised weight", codes, dtype, *shape) if again else torch.empty(shape, dtype=dtype, device=codes.device)
-        if kind == "int8":
-            coding.dequantise_int8(codes, scales, out)
-        else:
-            coding.dequantise_4bit(codes, scales, kind, block_size, out.view(-1))
+    again = for_now and codes.device.type == "cpu"  # a device's own allocator keeps memory by itself
+    out = scratch("values of a quantised weight", codes, dtype, *shape) if again else torch.empty(shape, dtype=dtype, device=codes.device)
+    if kind == "int8":
+        return coding.dequantise_int8(codes, scales, out)
+    scales = scales if mean is None else coding.dequantise_scales(scales, scales_of_scales, mean)
+    if not bnb.dequantise_4bit(codes, scales, kind, block_size, out):
+        coding.dequantise_4bit(codes, scales, kind, block_size, out.view(-1))
     return out
 
 
