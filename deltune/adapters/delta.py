@@ -86,7 +86,7 @@ class Delta(Stored):
     widens: ClassVar[str] = ""  # why something as large as x or y is made in float32 where these are shorter, if it is
     reads_base: ClassVar[bool] = False  # out(x, W) needs W in every forward, as it is stored; else it is handed None
     looks_at_stored: ClassVar[bool] = False  # `start` takes W in the type that it is stored in, and is not handed a copy
-    in_product_form: ClassVar[bool] = False  # `out(x, W)` is s·(x Aᵀ)Bᵀ of `running_product`, at no more cost: see fused.py
+    in_product_form: ClassVar[bool] = False  # what is added to W x is s·(x Aᵀ)Bᵀ of `running_product`, at no more cost: see fused.py
     factors: ClassVar[tuple[str, str] | None] = None  # names of (A, B) with ΔW = s·B·A, for starts and paired rules
     averages_loss: ClassVar[bool] = False  # `loss` counts by its mean over the adapter's layers, not by their sum
     takes_dropout: ClassVar[bool] = True  # there is an input to drop from; else the config may not ask for it
@@ -194,9 +194,9 @@ class Delta(Stored):
         """(B, A, s) if ΔW is s·B·A with B [out, r] and A [r, in]; merging then needs no out×in temporary."""
         return None
 
-    def running_product(self) -> tuple[Tensor, Tensor, float]:
-        """As `product`, for a forward pass with `in_product_form`. Override where ΔW = 0 at the start needs other factors for
-        that to be exact in every type."""
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
+        """As `product`, for a forward pass with `in_product_form`. W is as it is stored. Override where the factors are made
+        of W, or where ΔW = 0 at the start needs others for that to be exact in every type."""
         product = self.product()
         assert product is not None, f"{type(self).__name__} says that it is in product form"
         return product

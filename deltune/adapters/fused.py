@@ -130,7 +130,7 @@ def call_of(module: nn.Module) -> Call | str:
         return f"{name_of(delta.config)} is not a product of two factors, or is computed faster by itself"
     if watched(delta) or watched(inner):
         return "hooks act on the adapter"
-    B, A, scale = inner.running_product()
+    B, A, scale = inner.running_product(weight.detach())
     stretch = delta.stretch(Below(module, running, 0)) if isinstance(delta, Magnitude) else None
     return Call(Layer(weight, base.bias, A, B, stretch), How(scale, module.dropout_of(running[0])), bare=False)
 

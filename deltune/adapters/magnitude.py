@@ -105,7 +105,7 @@ class Magnitude(Delta):
         With ΔW = s·BA it is ‖W‖² + 2s·rowsum((W Aᵀ) ⊙ B) + s²·rowsum((B A Aᵀ) ⊙ B), so nothing of size out×in is made.
         `as_stored` takes the product W Aᵀ in W's own type, where the device is fast at that: a layer's answer is no finer.
         """
-        product = self.inner.running_product() if self.inner.in_product_form else self.inner.product()
+        product = self.inner.running_product(W) if self.inner.in_product_form else self.inner.product()
         if product is None:
             change = self.inner.delta(weights.float_view(W) if self.inner.reads_base else None)
             return torch.cat([torch.linalg.vector_norm(W[rows] + change[rows], dim=1) for rows in weights.row_blocks(W)])

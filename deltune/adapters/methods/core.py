@@ -300,9 +300,9 @@ class NLora(Cored):
             return left, right, scale
         return torch.cat([left, -self.first_B @ self.first_N], 1), torch.cat([right, self.first_A]), scale
 
-    def running_product(self) -> tuple[Tensor, Tensor, float]:
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
         if not self.subtracts or self.config.mode == "inttune":
-            return super().product()
+            return self.product()
         # B·N·A − B₀·N₀·A₀ as B·N·(A − A₀) + (B·(N − N₀) + (B − B₀)·N₀)·A₀: zeros at the start
         moved = self.lora_B @ (self.lora_N - self.first_N) + (self.lora_B - self.first_B) @ self.first_N
         return torch.cat([self.lora_B @ self.lora_N, moved], 1), torch.cat([self.lora_A - self.first_A, self.first_A]), self.scale

@@ -177,6 +177,7 @@ class Peanut(Delta):
     """ΔW = s·B·h(W), h [rank, in] = the network on A·W, column by column. So ΔW has a rank and is never made for a forward."""
 
     reads_base = True
+    in_product_form = True
     peft = PeftFormat(
         type="PEANUT",
         write=lambda config: {"r": config.rank, "depth": config.depth, "act_fn": config.act_fn, "scaling": config.scale, "init_weights": True},
@@ -215,6 +216,9 @@ class Peanut(Delta):
         """(left [out, rank], right [rank, in]) with ΔW = left·right."""
         h, B = self.hidden(W), self.peanut_B * self.config.scale
         return (B, h) if self.config.side == "out" else (h.T, B.T)
+
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
+        return *self.made(W), 1.0
 
     def delta(self, W: Tensor | None) -> Tensor:
         left, right = self.made(W)
@@ -264,6 +268,7 @@ class Deft(Delta):
     """ΔW = L·(s·R − Gᵀ·W): the directions G of the output lose what W gives them, and get s·R·x instead. Of low rank."""
 
     reads_base = True
+    in_product_form = True
     peft = PeftFormat(
         type="DEFT",
         write=lambda config: {
@@ -321,6 +326,9 @@ class Deft(Delta):
         with torch.autocast(W.device.type, enabled=False):  # the difference of two that nearly cancel
             taken = Taken.apply(G, W)
         return L, -taken if self.config.para else self.deft_R.to(taken.dtype) * self.scale - taken
+
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
+        return *self.made(W), 1.0
 
     def delta(self, W: Tensor | None) -> Tensor:
         left, right = self.made(W)

@@ -327,7 +327,7 @@ class Lora(Ranked):
             return self.lora_B, self.lora_A, self.scale
         return torch.cat([self.lora_B, -self.start_B], 1), torch.cat([self.lora_A, self.start_A]), self.scale
 
-    def running_product(self) -> tuple[Tensor, Tensor, float]:
+    def running_product(self, W: Tensor | None) -> tuple[Tensor, Tensor, float]:
         if not self.is_taken_out:
             return self.product()
         # B·A - B₀·A₀ as B·(A - A₀) + (B - B₀)·A₀: zeros at the start, and differences are taken before they are rounded
@@ -335,7 +335,7 @@ class Lora(Ranked):
         return B, torch.cat([self.lora_A - self.start_A, self.start_A]), self.scale
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        B, A, scale = self.running_product()
+        B, A, scale = self.running_product(W)
         if self.site.kind == "embedding":
             # gradients of ids that come often add up in the stored type; only what is rank wide is in it
             z = (F.embedding(x, A.T, self.site.padding_idx) * scale).to(self.site.dtype)  # [..., rank]
