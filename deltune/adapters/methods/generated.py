@@ -251,7 +251,8 @@ class DeftConfig(AdapterConfig):
 
 
 class Taken(torch.autograd.Function):
-    """GᵀW [rank, in] for a frozen W: in G's type, and what is kept of W is W as it is stored."""
+    """GᵀW [rank, in] for a frozen W: in G's type, and what is kept of W is W as it is stored. The gradient is in W's type,
+    as those of x are."""
 
     @staticmethod
     def forward(ctx: Any, G: Tensor, W: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class Taken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (W,) = ctx.saved_tensors
-        return W.to(gradient.dtype) @ gradient.T, None
+        return (W @ gradient.T.to(W.dtype)).to(gradient.dtype), None
 
 
 class Deft(Delta):
