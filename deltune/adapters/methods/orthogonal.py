@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
+from deltune.adapters.magnitude import Stretched
 from deltune.config.fields import option
 from deltune.errors import AdapterError
+from deltune.weights.scratch import copied, scratch
 
 DELTAS = {"oft": "OftConfig", "boft": "BoftConfig"}
 
@@ -160,8 +163,35 @@ def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
     if n == 1:
         z = x.reshape(-1, b)
         return torch.addmm(z, z, D[0].to(x.dtype)).view(x.shape)
-    z = x.reshape(-1, n, b).transpose(0, 1)  # [n, tokens, b]
-    return torch.baddbmm(z, z, D.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+    return TurnedBlocks.apply(x, D)
+
+
+class TurnedBlocks(torch.autograd.Function):
+    """x + x·blockdiag(D) [..., in] for D [n, b, b], computed in x's type: x is all that it keeps. Products of blocks that lie
+    apart are slow, so the blocks are brought together first, in memory that is used again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, D: Tensor) -> Tensor:
+        ctx.save_for_backward(x, D)
+        return _turned(_together("blocks", x, D), D).transpose(0, 1).reshape(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, D = ctx.saved_tensors
+        z = _together("gradient's blocks", g, D)
+        to_D = torch.bmm(_together("blocks", x, D).mT, z).to(D.dtype) if ctx.needs_input_grad[1] else None
+        return _turned(z, D.mT).transpose(0, 1).reshape(g.shape) if ctx.needs_input_grad[0] else None, to_D
+
+
+def _together(name: str, x: Tensor, D: Tensor) -> Tensor:
+    """x [..., in] as blocks [n, tokens, b], in memory of that name."""
+    return copied(name, x.reshape(-1, *D.shape[:2]).transpose(0, 1))
+
+
+def _turned(z: Tensor, D: Tensor) -> Tensor:
+    """z + z D for blocks z [n, tokens, b]."""
+    return torch.baddbmm(z, z, D.to(z.dtype), out=scratch("turned blocks", z, z.dtype, *z.shape))
 
 
 class Blocks(Delta):
@@ -209,8 +239,7 @@ class Blocks(Delta):
         s = self.strength()
         if s is None:
             return y
-        bias = base.bias()
-        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), (s - 1).to(y.dtype))
+        return Stretched.apply(y, s - 1, base.bias())
 
     def delta(self, W: Tensor) -> Tensor:
         s = self.strength()

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
+from deltune.adapters.magnitude import Stretched
 from deltune.adapters.targets import ends_with
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -80,26 +81,6 @@ class Ia3Config(AdapterConfig):
         return Ia3
 
 
-class Scaled(torch.autograd.Function):
-    """h + d ⊙ h + b for h [..., out], with d [out] and b [out] or None: h is all that it keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, d: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h, d)
-        y = torch.addcmul(h, h, d.to(h.dtype))
-        return y if b is None else y.add_(b.to(h.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        h, d = ctx.saved_tensors
-        spare = torch.mul(g, h)
-        to_d = spare.view(-1, len(d)).sum(0).to(d.dtype)
-        to_b = g.reshape(-1, len(d)).sum(0).to(d.dtype) if ctx.needs_input_grad[2] else None
-        to_h = torch.addcmul(g, g, d.to(g.dtype), out=spare) if ctx.needs_input_grad[0] else None
-        return to_h, to_d, to_b
-
-
 class Turned(torch.autograd.Function):
     """h + c ⊙ h + s ⊙ (h with the halves of each group exchanged), for h [..., out], c and s [g, 2, n]: h is all that it keeps."""
 
@@ -140,7 +121,7 @@ def _by_output(product: Tensor, like: Tensor) -> Tensor:
 
 def scaled(y: Tensor, z: Tensor, d: Tensor) -> Tensor:
     """y + d ⊙ z."""
-    return Scaled.apply(y, d, None) if z is y else torch.addcmul(y, z, d.to(y.dtype))
+    return Stretched.apply(y, d, None) if z is y else torch.addcmul(y, z, d.to(y.dtype))
 
 
 class Road(Delta):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltune.adapters import draw
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
-from deltune.adapters.methods.scales import Scaled
+from deltune.adapters.magnitude import Stretched
 from deltune.config.fields import option
 from deltune.errors import AdapterError
 
@@ -242,7 +242,8 @@ class Ssf(Delta):
         return self.config.shift
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        return Scaled.apply(base(x), self.scale - 1, self.shift if self.config.shift else None)
+        y = Stretched.apply(base(x), self.scale - 1, None)
+        return y.add_(self.shift.to(y.dtype)) if self.config.shift else y
 
     def delta(self, W: Tensor) -> Tensor:
         return (self.scale - 1).unsqueeze(1) * W
