@@ -20,7 +20,7 @@ from deltune.engines.precision import AUTOCAST, Precision
 from deltune.errors import EngineError
 from deltune.log import logger
 
-KERNELS_KEPT = 128  # more than the shapes of one step, so that blocks that are alike share them
+KERNELS_KEPT = 512  # those of some twenty rounded numbers of tokens, see models/filler.py
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,9 +62,10 @@ class Engine:
             torch.set_deterministic_debug_mode("warn")
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         self.device = pick_device(config.device)
-        # oneDNN keeps a kernel with its scratch memory for each shape that it has met, 1,024 of them: with batches of many
-        # lengths that grows to gigabytes. Read at its first product, so a library's user may have been before us.
+        # oneDNN keeps a kernel for each shape that it has met, 1,024 of them, half a megabyte each. Read at its first product,
+        # so a library's user may have been before us.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own of the same kernels, each with scratch memory: 1,024 again
         self.compute_in(Precision(config.precision))
 
     def compute_in(self, precision: Precision) -> None:

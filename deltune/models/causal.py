@@ -26,6 +26,7 @@ from deltune.weights.scratch import copied, scratch
 # documents of at most so many tokens have their backward pass in squares here, others in torch's kernel (docs/attention.md)
 LONGEST = {torch.bfloat16: 512}
 BLOCK = 128  # queries whose scores are made at a time, with the keys that any of them sees
+STEP = 32  # tokens to whose multiples a square is made larger: its products' kernels are made for their shapes (filler.py)
 ROOM = 1 << 20  # probabilities at a time: 2 MB in bfloat16, about a core's cache
 
 
@@ -106,19 +107,32 @@ def _in_squares(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, dq:
 
 def _square(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """The same at once. n = rows x key heads; the groups' queries stand below each other, as factors of the same keys."""
-    length, head = key.shape[2:]
+    tokens, head = key.shape[2:]
     n, groups = key.shape[0] * key.shape[1], query.shape[1] // key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
+    length = -(-tokens // STEP) * STEP
     # products of factors that do not lie together take up to three times as long
-    q, g = (copied(name, t).view(n, groups * length, head) for name, t in (("query", query), ("gradient", gradient)))
-    k, v = (copied(name, t).view(n, length, head) for name, t in (("key", key), ("value", value)))
+    q, g = (_longer(name, t, length).view(n, groups * length, head) for name, t in (("query", query), ("gradient", gradient)))
+    k, v = (_longer(name, t, length).view(n, length, head) for name, t in (("key", key), ("value", value)))
     p = _probabilities(copied("wide query", q, wide).view(n, groups, length, head), copied("wide key", k, wide), scale, q.dtype)
+    p.view(n, groups, length, length)[:, :, tokens:] = 0
+
+    def part(of: Tensor, shape: torch.Size) -> Tensor:
+        return of.view(*shape[:2], length, head)[:, :, :tokens]
+
     found = scratch("found", k, k.dtype, n, length, head)
-    dv.copy_(torch.bmm(p.transpose(1, 2), g, out=found).view(dv.shape))
+    dv.copy_(part(torch.bmm(p.transpose(1, 2), g, out=found), dv.shape))
     ds = torch.bmm(g, v.transpose(1, 2), out=scratch("slopes", p, p.dtype, *p.shape))
     torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)  # which sums in float32
-    torch.mul(torch.bmm(ds.transpose(1, 2), q, out=found).view(dk.shape), scale, out=dk)
-    torch.mul(torch.bmm(ds, k, out=scratch("found", q, q.dtype, *q.shape)).view(dq.shape), scale, out=dq)
+    torch.mul(part(torch.bmm(ds.transpose(1, 2), q, out=found), dk.shape), scale, out=dk)
+    torch.mul(part(torch.bmm(ds, k, out=scratch("found", q, q.dtype, *q.shape)), dq.shape), scale, out=dq)
+
+
+def _longer(name: str, tensor: Tensor, length: int) -> Tensor:
+    """A contiguous copy [rows, heads, length, head] in memory of that name, of zeros beyond the tensor's own tokens."""
+    copy, tokens = scratch(name, tensor, tensor.dtype, *tensor.shape[:2], length, tensor.shape[3]), tensor.shape[2]
+    copy[:, :, :tokens], copy[:, :, tokens:] = tensor, 0
+    return copy
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,8 @@ the products that follow from it; so nothing is recomputed and nothing as large 
 and sums are taken in float32 (float64 for float64) on blocks of rows that stay in a core's cache: there a pass over the
 logits costs a tenth of what it costs in memory.
 
-Shapes: states [rows, width]; weight [vocab, width]; bias [vocab]; z and logits [rows, vocab]; targets [rows].
+Shapes: states [rows, width]; weight [vocab, width]; bias [vocab]; z and logits [rows, vocab]; targets [rows]. There may
+be fewer targets than states: what is beyond them is filler, which is multiplied and counts for nothing (see filler.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deltune.models.filler import rounded
 
 # Bytes of one chunk of logits, and the rows that it has in any case: with fewer the weight is read too often (docs/loss.md).
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
@@ -78,7 +81,8 @@ def linear_scores(
     states, weight, bias = (None if t is None else t.to(dtype) for t in (states, weight, bias))
     losses, hits = [], []
     for rows, z in _chunks(states, weight, bias, chunk or chunk_rows(weight, dtype, states.device.type)):
-        found, right = _score_(z, targets[rows], tail, gradient=False, hits=True)
+        wanted = targets[rows]
+        found, right = _score_(z[: len(wanted)], wanted, tail, gradient=False, hits=True)
         losses.append(found)
         hits.append(right)
     empty = states.new_zeros(0, dtype=_wide(dtype))
@@ -120,7 +124,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         b_sum = loss.new_zeros(bias.shape) if needs[2] else None
         W_sum = _WeightGradient(weight, dtype, single=len(x) <= num_rows) if needs[1] else None
         for rows, z in _chunks(x, W, b, num_rows):
-            found, _ = _score_(z, targets[rows], tail, gradient=any(needs), lift=lift, sums=b_sum, device=kind)
+            wanted = targets[rows]
+            found, _ = _score_(z[: len(wanted)], wanted, tail, gradient=any(needs), lift=lift, sums=b_sum, device=kind)
+            z[len(wanted) :] = 0
             loss += found.sum()
             if x_grad is not None:
                 torch.mm(z, W, out=x_grad[rows])
@@ -188,11 +194,12 @@ class _WeightGradient:
 
 
 def _chunks(states: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, states·weightᵀ + bias of these rows) in one workspace, which the next chunk overwrites. Chunks are even."""
+    """(rows, states·weightᵀ + bias of these rows) in one workspace, which the next chunk overwrites. Chunks are even, but for
+    what rounding leaves."""
     total = len(states)
     if total == 0:
         return
-    size = -(-total // -(-total // num_rows))
+    size = min(num_rows, rounded(-(-total // -(-total // num_rows))))
     workspace = states.new_empty(min(size, total), weight.shape[0])
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))

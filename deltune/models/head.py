@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from deltune.errors import ModelError
 from deltune.log import logger
+from deltune.models import filler
 from deltune.models.cross_entropy import (
     Tail,
     chunk_rows,
@@ -264,6 +265,16 @@ def states_before_head(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return caught[0]
 
 
+def states_of_rows(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor, device: str | None = None) -> Tensor:
+    """What the model hands to its head of these places [rows, width]; and, where kernels are made for shapes, of some places
+    more, which nobody reads: see filler.py. `device` is the type of device that the meta device stands for."""
+    layer = model.get_output_embeddings()
+    if filler.makes_kernels(device or rows.device.type, layer.weight.dtype):
+        inputs = filler.filled(inputs)
+        rows = F.pad(rows, (0, filler.rounded(len(rows)) - len(rows)))
+    return states_before_head(model, inputs).flatten(0, -2).index_select(0, rows)
+
+
 def summed_loss(
     model: nn.Module, head: Head | None, inputs: Mapping[str, Any], rows: Tensor, targets: Tensor, *,
     device: str | None = None, contexts: Callable[[], Any] = noop_context_fn,
@@ -275,11 +286,12 @@ def summed_loss(
     """
     if head is None or head.why_not:
         return F.cross_entropy(logits_of(model, inputs, rows).float(), targets, reduction="sum")
-    states = states_before_head(model, inputs).flatten(0, -2).index_select(0, rows)
+    states = states_of_rows(model, inputs, rows, device)
     layer = model.get_output_embeddings()
     linear = plain_linear(layer)
     if linear is not None:
         return linear_cross_entropy(states, linear.weight, linear.bias, targets, head.tail, device=device)
+    states = states[: len(targets)]
 
     def of_chunk(chunk: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy_of(layer(chunk), wanted, head.tail)
@@ -299,11 +311,12 @@ def scores(model: nn.Module, head: Head | None, inputs: Mapping[str, Any], rows:
     if head is None or head.why_not:
         logits = logits_of(model, inputs, rows).float()
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-    states = states_before_head(model, inputs).flatten(0, -2).index_select(0, rows)
+    states = states_of_rows(model, inputs, rows)
     layer = model.get_output_embeddings()
     linear = plain_linear(layer)
     if linear is not None:
         return linear_scores(states, linear.weight, linear.bias, targets, head.tail)
+    states = states[: len(targets)]
     num_rows = chunk_rows(layer.weight, states.dtype, states.device.type)
     parts = [
         scores_of(layer(chunk), wanted, head.tail)
