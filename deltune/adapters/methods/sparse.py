@@ -99,7 +99,11 @@ class Sparse(Delta):
         return self.entries.pays_with_weight(x)
 
     def in_one(self, x: Tensor, base: Base) -> Tensor:
-        return self.entries.plus(x, base.stored(), base.bias(), self.values)
+        return self.entries.plus(x, base.stored(), base.bias(), self.values, self.pair())
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of a product BA beside the entries, if there is one."""
+        return None
 
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         super().from_file(tensors)
@@ -245,15 +249,11 @@ class SuperTuning(Sparse):
         return sparse if self.config.rank is None else sparse + self.scale * (self.lora_B @ self.lora_A)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        return self.with_pair(super().out(x, W), x)
+        y, pair = super().out(x, W), self.pair()
+        return y if pair is None else y + F.linear(F.linear(x, pair[0].to(x.dtype)), pair[1].to(x.dtype))
 
-    def in_one(self, x: Tensor, base: Base) -> Tensor:
-        return self.with_pair(super().in_one(x, base), x)
-
-    def with_pair(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.config.rank is None:
-            return y
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)) * self.scale, self.lora_B.to(x.dtype))
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.config.rank is None else (self.lora_A * self.scale, self.lora_B)
 
     def leaves(self) -> dict[str, str]:
         pair = {"lora_A": "supertuning_lora_A.weight", "lora_B": "supertuning_lora_B.weight"}
