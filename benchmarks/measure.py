@@ -9,6 +9,8 @@ from typing import Any
 
 F32_LIMIT = 1e-5  # relative
 BF16_LIMIT = 2e-2  # relative, or twice the peer's own distance to the float32 loss where that is more
+FEWEST_ROUNDS = 3
+SETTLED = 1.1  # a target is settled when every round lies this factor beyond its bound, all on one side
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a ratio. speed: useful tokens/s of ours over the peer's; time: the inverse; transient: bytes over bytes;
-    slope: megabytes per token of ours alone."""
+    """A bound on a ratio. speed: useful tokens/s of ours over the peer's; time: the inverse; transient: bytes over bytes.
+    Of ours alone: mfu; peak: gigabytes in all; tokens: how many a step held."""
 
     what: str
     ours: str
@@ -32,7 +34,7 @@ class Target:
 
     @property
     def at_least(self) -> bool:
-        return self.what == "speed"
+        return self.what in ("speed", "mfu", "tokens")
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound
@@ -46,6 +48,7 @@ class Timed:
     wall: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     transient: list[int] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # of the equality steps
     first_seconds: float = 0.0
     before_first_step: float | None = None
@@ -60,20 +63,45 @@ class Timed:
             "wall_seconds_per_step": statistics.median(self.wall) / num_steps,
             "mfu": flops_per_token / per_token / peak_flops if flops_per_token else None,
             "transient_mb": statistics.median(self.transient) / 1e6 if self.transient else None,
+            "peak_gb": max(self.peak) / 1e9 if self.peak else None,
             "first_step_seconds": self.first_seconds, "before_first_step_seconds": self.before_first_step,
             "rounds": len(self.seconds), "losses": self.losses,
         }  # fmt: skip
 
 
 def ratio(target: Target, timed: Mapping[str, Timed]) -> float | None:
-    """The measured ratio, the median of ratios within rounds; None if one of the two is absent."""
-    if target.ours not in timed or target.peer not in timed:
+    """What was measured, a ratio as the median of those within rounds; None if one of the two is absent."""
+    if target.ours not in timed:
         return None
-    ours, peer = timed[target.ours], timed[target.peer]
+    ours = timed[target.ours]
+    if target.what == "peak":
+        return max(ours.peak) / 1e9
+    if target.what == "tokens":
+        return float(min(ours.tokens))
+    if target.peer not in timed:
+        return None
     if target.what == "transient":
-        return statistics.median(ours.transient) / statistics.median(peer.transient)
-    pairs = list(zip(ours.per_token(), peer.per_token(), strict=True))
-    return statistics.median(p / o if target.what == "speed" else o / p for o, p in pairs)
+        return statistics.median(ours.transient) / statistics.median(timed[target.peer].transient)
+    return statistics.median(ratios(target, ours, timed[target.peer]))
+
+
+def ratios(target: Target, ours: Timed, peer: Timed) -> list[float]:
+    """Of each round in which both took part: one may have sat out the last ones."""
+    pairs = zip(ours.per_token(), peer.per_token(), strict=False)
+    return [p / o if target.what == "speed" else o / p for o, p in pairs]
+
+
+def still_open(targets: Sequence[Target], timed: Mapping[str, Timed]) -> set[str]:
+    """Candidates that more rounds would tell something of: all until FEWEST_ROUNDS, then those of targets not settled."""
+    if any(len(one.seconds) < FEWEST_ROUNDS for one in timed.values()):
+        return set(timed)
+    found: set[str] = set()
+    for target in targets:
+        if target.what in ("speed", "time") and {target.ours, target.peer} <= set(timed):
+            margins = [value / target.bound for value in ratios(target, timed[target.ours], timed[target.peer])]
+            if not (min(margins) > SETTLED or max(margins) < 1 / SETTLED):
+                found |= {target.ours, target.peer}
+    return found
 
 
 def slope(points: Sequence[tuple[int, float]]) -> float:

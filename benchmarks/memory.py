@@ -1,8 +1,17 @@
-"""Transient memory: the most that was resident (or allocated on the card) during a step, beyond what was before it. Bytes."""
+"""Memory of a step in bytes: the most that was resident (or allocated on the card) during it, beyond what was before it and in all."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+
+def give_back_at_once() -> None:
+    """glibc keeps nothing that is freed in this process from here on, so that a peak is one of live tensors."""
+    import ctypes
+
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    for option, value in ((mmap_threshold, 65536), (trim_threshold, 65536), (top_pad, 0)):
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 class ResidentPeak:
@@ -15,8 +24,9 @@ class ResidentPeak:
         Path("/proc/self/clear_refs").write_text("5")
         self.before = resident("VmRSS")
 
-    def stop(self) -> int:
-        return resident("VmHWM") - self.before
+    def stop(self) -> tuple[int, int]:
+        peak = resident("VmHWM")
+        return peak - self.before, peak
 
 
 class CudaPeak:
@@ -27,10 +37,11 @@ class CudaPeak:
         torch.cuda.reset_peak_memory_stats()
         self.before = torch.cuda.memory_allocated()
 
-    def stop(self) -> int:
+    def stop(self) -> tuple[int, int]:
         import torch
 
-        return torch.cuda.max_memory_allocated() - self.before
+        peak = torch.cuda.max_memory_allocated()
+        return peak - self.before, peak
 
 
 def resident(field: str) -> int:

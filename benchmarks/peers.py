@@ -14,11 +14,12 @@ HERE = Path(__file__).parent
 FOLDER = HERE / ".peers"
 PYTHON = FOLDER / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 STAMP = FOLDER / ".installed"
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "compiled")}  # a peer is compiled once, as it is installed once
 
 # what must import for a kind of candidate to be there
 IMPORTS = {
     "peft": "import peft, transformers", "trainer": "import peft; from transformers import Trainer",
-    "trl": "from trl import SFTConfig, SFTTrainer", "litgpt": "import litgpt.lora",
+    "nf4": "import peft, transformers, bitsandbytes", "trl": "from trl import SFTConfig, SFTTrainer", "litgpt": "import litgpt.lora",
     "liger": "import peft, liger_kernel.transformers", "unsloth": "import unsloth",
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def absent(kind: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Of the peers that are there."""
-    names = ["torch", "transformers", "peft", "accelerate", "trl", "litgpt", "liger_kernel", "unsloth"]
+    names = ["torch", "transformers", "peft", "accelerate", "trl", "litgpt", "bitsandbytes", "liger_kernel", "unsloth"]
     code = (
         "import importlib.metadata as m, json\n"
         f"have = {{d.name.lower().replace('-', '_'): d.version for d in m.distributions() if d.name}}\n"

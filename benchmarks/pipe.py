@@ -1,7 +1,7 @@
 """How the suite and a candidate's process talk: a line of JSON for an order, a line of JSON for its answer, nothing else.
 
 Orders: {"do": "steps", "count": n} and {"do": "end"}. Answers: {"ready": ...} once, then {"cpu": s, "wall": s, "losses":
-[...], "tokens": n, "transient": bytes} for each order, or {"fault": text}. What a candidate prints goes to its log.
+[...], "tokens": n, "transient": bytes, "peak": bytes} for each order, or {"fault": text}. What a candidate prints goes to its log.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.nursery import Nursery
+
 CALM = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
-# glibc gives back what is freed at once, so that a peak is one of live tensors
-RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 class Fault(RuntimeError):
@@ -28,15 +28,17 @@ class Fault(RuntimeError):
 
 
 class Process:
-    """A candidate seen from the suite. Every wait has an end."""
+    """A candidate seen from the suite: a new process, or what a nursery forks as `python -m command...`. Every wait has an end."""
 
-    def __init__(self, command: Sequence[str], log: Path, *, environment: dict[str, str] | None = None, patience: float = 300.0):
+    def __init__(self, command: Sequence[str], log: Path, *, nursery: Nursery | None = None, patience: float = 300.0):
         self.log, self.patience = log, patience
-        with open(log, "ab") as errors:
-            self.child = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env={**os.environ, **CALM, **(environment or {})},
-            )  # fmt: skip
+        with open(log, "a") as errors:
+            if nursery:
+                self.child = nursery.fork(command, errors)
+            else:
+                self.child = subprocess.Popen(
+                    list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **CALM}
+                )
 
     def hear(self) -> dict[str, Any]:
         """The next answer. Raises Fault where the child says so, ends, or is silent too long."""
@@ -47,7 +49,7 @@ class Process:
         finally:
             timer.cancel()
         if not line:
-            self.child.wait()
+            self.child.wait(timeout=60)
             raise Fault(f"ended with status {self.child.returncode}: {last_line(self.log)}")
         answer = json.loads(line)
         if "fault" in answer:
@@ -115,10 +117,10 @@ class Pacer:
 
     def answer(self) -> None:
         cpu, wall = self.clock() - self.began[0], time.perf_counter() - self.began[1]
-        transient = self.peak.stop() if self.peak else None
+        transient, peak = self.peak.stop() if self.peak else (None, None)
         if self.rest:
             self.rest()
-        self.say({"cpu": cpu, "wall": wall, "losses": self.losses, "tokens": self.tokens, "transient": transient})
+        self.say({"cpu": cpu, "wall": wall, "losses": self.losses, "tokens": self.tokens, "transient": transient, "peak": peak})
 
     def wait(self) -> None:
         line = sys.stdin.readline()

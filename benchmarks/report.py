@@ -13,7 +13,7 @@ SLOPE_TARGET = 0.20  # MB of transient memory per token, without checkpointing
 
 def case_text(name: str, record: dict[str, Any]) -> str:
     """A case for the console."""
-    lines = [f"== {name}: {record['title']} ({record.get('seconds', 0):.0f} s)"]
+    lines = [f"== {name}: {record['title']} ({record.get('seconds', 0):.0f} s, {record.get('cpu_seconds', 0):.0f} s of CPU)"]
     if "not_there" in record:
         return f"{lines[0]}\n   {record['not_there']}"
     for label, row in record["candidates"].items():
@@ -62,8 +62,12 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def summary(result: dict[str, Any]) -> str:
     rows = rows_of(result)
     failed = [name for name, record in result["cases"].items() if record["failed"]]
+
+    def total(what: str) -> float:
+        return sum(record.get(what, 0) for record in result["cases"].values())
+
     met, missed = (sum(row["met"] is value for _, row in rows) for value in (True, False))
-    text = f"{met} of {len(rows)} targets met, {missed} missed, {len(rows) - met - missed} not measured; {sum(record.get('seconds', 0) for record in result['cases'].values()):.0f} s"
+    text = f"{met} of {len(rows)} targets met, {missed} missed, {len(rows) - met - missed} not measured; {total('seconds'):.0f} s, {total('cpu_seconds'):.0f} s of CPU"
     return text + (f"; FAILED equality: {', '.join(failed)}" if failed else "; all losses agree")
 
 
@@ -89,12 +93,12 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         if record["candidates"]:
             setting = record["setting"]
-            lines += [f"{setting['dtype']}, {setting['micro_batch']} x {setting['length']}, rank {setting['rank']}, {setting['rounds']} rounds of {setting['steps']} step(s).", "",
-                      "| candidate | s/step | useful tokens/s | MFU | transient MB | first step s | before it s | loss differs by |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+            lines += [f"{setting['dtype']}, {setting['micro_batch']} x {setting['length']}, rank {setting['rank']}, up to {setting['rounds']} round(s) of {setting['steps']} step(s).", "",
+                      "| candidate | s/step | useful tokens/s | MFU | transient MB | peak GB | first step s | before it s | loss differs by | rounds |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for label, row in record["candidates"].items():
             apart = record.get("loss_distance", {}).get(label)
-            cells = [f"{row['seconds_per_step']:.3f}", f"{row['useful_tokens_per_second']:.0f}", _cell(row["mfu"], ".2f"), _cell(row["transient_mb"], ".0f"),
-                     f"{row['first_step_seconds']:.2f}", _cell(row["before_first_step_seconds"], ".1f"), _cell(apart, ".1e")]  # fmt: skip
+            cells = [f"{row['seconds_per_step']:.3f}", f"{row['useful_tokens_per_second']:.0f}", _cell(row["mfu"], ".2f"), _cell(row["transient_mb"], ".0f"), _cell(row.get("peak_gb"), ".1f"),
+                     f"{row['first_step_seconds']:.2f}", _cell(row["before_first_step_seconds"], ".1f"), _cell(apart, ".1e"), str(row["rounds"])]  # fmt: skip
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines += [f"\nAbsent: {label}: {reason}" for label, reason in record["absent"].items()]
         lines += [f"\n**Failed**: {reason}" for reason in record["failed"]]
@@ -112,7 +116,7 @@ def _cell(value: float | None, form: str) -> str:
 def told(record: dict[str, Any]) -> str:
     """When and beside what a case was measured."""
     before, after = ((" ".join(map(str, one))) for one in record["load"])
-    return f"Commit {record['commit']}; {record.get('seconds', 0):.0f} s; load averages {before} before, {after} after."
+    return f"Commit {record['commit']}; {record.get('seconds', 0):.0f} s, {record.get('cpu_seconds', 0):.0f} s of CPU; load averages {before} before, {after} after."
 
 
 def name_of(gpu: bool, toy: bool) -> str:
@@ -141,38 +145,63 @@ def plots(result: dict[str, Any], folder: Path, name: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    bars = [(f"{case}  {row['peer']}", row) for case, row in rows_of(result) if row["what"] == "speed" and row["measured"] is not None]
+    bars = [(f"{case}  {row['peer']}", row) for case, row in rows_of(result) if row["what"].startswith("speed") and row["measured"] is not None]
     if bars:
-        figure, axes = plt.subplots(figsize=(8, 0.4 * len(bars) + 1.2))
-        axes.barh([label for label, _ in bars], [row["measured"] for _, row in bars], color=["#3a7" if row["met"] else "#c63" for _, row in bars])
+        figure, axes = plt.subplots(figsize=(8, 0.35 * len(bars) + 1.0))
+        axes.barh([label for label, _ in bars], [row["measured"] for _, row in bars], color=[MET if row["met"] else MISSED for _, row in bars])
         for at, (_, row) in enumerate(bars):
             axes.plot([row["target"]] * 2, [at - 0.4, at + 0.4], color="black")
-        axes.invert_yaxis()
-        axes.set_xlabel("useful tokens/s, ours over the peer's (black: target)")
+        axes.set_xscale("log")  # a merge is ten times as fast, a start a hundred
+        ticks = [x for x in (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if x <= 1.5 * max(row["measured"] for _, row in bars)]
+        axes.set_xticks(ticks, [str(x) for x in ticks])
+        axes.minorticks_off()
+        axes.set_xlim(left=min(0.9, *(0.9 * row["measured"] for _, row in bars)))
+        axes.axvline(1.0, color="grey", linewidth=0.8)
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlabel("speed, ours over the peer's (black: target; green: met)")
         _save(figure, folder / f"{name}_speed.png")
-    for prefix, file, quantity in (("C6-", "length", "transient_mb"), ("rank-", "rank", "useful_tokens_per_second")):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        chosen = {k: r for k, r in result["cases"].items() if k.startswith(prefix) or (prefix == "rank-" and k == "C1")}
-        for record in chosen.values():
-            for label, row in record["candidates"].items():
-                if row[quantity] is not None and (prefix == "C6-" or label in ("ours", "peft")):
-                    lines.setdefault(label, []).append((record["setting"][file], row[quantity]))
-        if any(len(found) > 1 for found in lines.values()):
-            figure, axes = plt.subplots(figsize=(7, 4))
-            for label, found in lines.items():
-                axes.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
-            axes.set_xlabel(file)
-            axes.set_ylabel({"transient_mb": "transient memory (MB)"}.get(quantity, "useful tokens/s"))
-            axes.set_ylim(bottom=0)
-            axes.legend()
-            _save(figure, folder / f"{name}_{file}.png")
-    memory = result["cases"].get("C6", {}).get("candidates", {})
-    if memory:
+    memory = {k: r for k, r in result["cases"].items() if k.startswith("C6-")}
+    _curve(memory, "length", "transient_mb", "transient memory (MB)", folder / f"{name}_length.png")
+    ranks = {k: r for k, r in result["cases"].items() if k.startswith("rank-") or k == "C1"}
+    _curve(ranks, "rank", "useful_tokens_per_second", "useful tokens/s", folder / f"{name}_rank.png", only=("ours", "peft"))
+    bars = result["cases"].get("C6", {}).get("candidates", {})
+    if bars:
         figure, axes = plt.subplots(figsize=(8, 3.5))
-        axes.barh(list(memory), [row["transient_mb"] for row in memory.values()], color="#47a")
+        drawn = axes.barh(list(bars), [row["transient_mb"] for row in bars.values()], color=[OWN if label.startswith("ours") else PEERS for label in bars])
+        axes.bar_label(drawn, fmt="%.0f", padding=3)
         axes.invert_yaxis()
+        axes.margins(x=0.1)
         axes.set_xlabel("transient memory of a step (MB)")
         _save(figure, folder / f"{name}_memory.png")
+
+
+MET, MISSED, OWN, PEERS = "#3a7", "#c63", "#3a7", "#999"
+
+
+def _curve(cases: dict[str, Any], across: str, quantity: str, label: str, file: Path, only: tuple[str, ...] = ()) -> None:
+    """A line a candidate over a setting that differs between the cases; nothing where no candidate was in two of them."""
+    from matplotlib import pyplot as plt
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for record in cases.values():
+        for name, row in record["candidates"].items():
+            if row[quantity] is not None and name in (only or record["candidates"]):
+                lines.setdefault(name, []).append((record["setting"][across], row[quantity]))
+    if not any(len(found) > 1 for found in lines.values()):
+        return
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, found in lines.items():
+        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=name, linestyle="-" if "checkpointing" not in name else "--", color=OWN if name.startswith("ours") else PEERS)
+    if across == "rank":
+        axes.set_xscale("log", base=2)
+    ticks = sorted({at for found in lines.values() for at, _ in found})
+    axes.set_xticks(ticks, [str(at) for at in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(across)
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _save(figure, file)
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -4,8 +4,9 @@
     python -m benchmarks.suite --cases C1,C3 --rounds 5   the others of an earlier result stay in it
     python -m benchmarks.suite --gpu [--toy]          the cases of one CUDA card (make bench-gpu); --toy: at toy size on the CPU
 
-Each candidate is a process of its own. They all do the equality steps first, then turns in an order shuffled every round.
-Exit code 1 if losses differ somewhere; a target that is missed is a row of the table, not a failure.
+Each candidate is a process of its own (nursery.py). They all do the equality steps first, then turns in an order shuffled
+every round; who has nothing left to tell sits out. Exit code 1 if losses differ somewhere; a target that is missed is a row of
+the table, not a failure.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import argparse
 import json
 import os
 import random
-import subprocess
+import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, parts, peers, report
 from benchmarks.cases import CPU, GPU, NOT_THERE, PARTS, Case
-from benchmarks.measure import Candidate, Timed, distance, ratio, unequal, verdict
-from benchmarks.pipe import CALM, RETURNS_MEMORY, Fault, Process
-from benchmarks.work import even_rows, lognormal_rows, make_model, real_rows, write_rows
+from benchmarks.measure import Candidate, Timed, distance, ratio, still_open, unequal, verdict
+from benchmarks.nursery import Nursery
+from benchmarks.pipe import CALM, Fault, Process, last_line
+from benchmarks.work import adapter_folder, even_rows, lognormal_rows, make_model, real_rows, write_rows
 
 OUT = Path(__file__).parent / "results"
 CARD_PEAK = 989e12  # FLOP/s of an H200 in dense bfloat16, by its data sheet
@@ -41,13 +44,40 @@ class Suite:
         self.scratch = tempfile.TemporaryDirectory(prefix="bench-")
         self.models: dict[tuple, Path] = {}
         self.peaks: dict[tuple[str, str], float] = {}
+        self.nurseries: dict[str, Nursery] = {}
 
     def close(self) -> None:
+        for nursery in self.nurseries.values():
+            nursery.close()
         self.scratch.cleanup()
+
+    def nursery(self, kind: str) -> Nursery:
+        """Ours or the peers'. On a card nothing is imported beforehand: what touches CUDA must not be forked."""
+        whose = "ours" if kind == "ours" else "peft_loop"
+        if whose not in self.nurseries:
+            python = sys.executable if kind == "ours" else str(peers.PYTHON)
+            with open(Path(self.scratch.name) / f"{whose}.log", "a") as log:
+                self.nurseries[whose] = Nursery(python, None if self.cuda else f"benchmarks.candidates.{whose}", log, CALM | peers.COMPILED)
+        return self.nurseries[whose]
+
+    def told(self, *words: str, theirs: bool = False) -> dict[str, Any]:
+        """What `python -m words...` says in its last line of output. Raises Fault where it fails."""
+        log = Path(self.scratch.name) / "parts.log"
+        with open(log, "a") as errors:
+            child = self.nursery("peft" if theirs else "ours").fork(words, errors)
+        with child.stdin, child.stdout:
+            output = child.stdout.read()
+        if child.wait():
+            raise Fault(last_line(log))
+        return json.loads(output.strip().splitlines()[-1]) if output.strip() else {}
+
+    def cpu_seconds(self) -> float:
+        """Of this process and of all that have ended."""
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used) + sum(n.cpu_of_ended + n.cpu_of_imports for n in self.nurseries.values())
 
     def run(self, name: str, case: Case) -> dict[str, Any]:
         """A case's record: table of candidates, rows of targets, what is absent, why it failed if it did."""
-        began = time.perf_counter()
         case = case.toy() if self.toy else case
         case = replace(case, rounds=self.rounds) if self.rounds else case
         record: dict[str, Any] = {"title": case.title, "failed": [], "absent": {}, "candidates": {}, "targets": []}
@@ -59,7 +89,8 @@ class Suite:
         model = self.model(case)
         present = {}
         for label, candidate in case.candidates.items():
-            reason = None if candidate.kind == "ours" else peers.absent("liger" if candidate.spec.get("liger") else candidate.kind)
+            needs = "liger" if candidate.spec.get("liger") else candidate.spec.get("quant", candidate.kind)
+            reason = None if candidate.kind == "ours" else peers.absent(needs)
             if reason:
                 record["absent"][label] = reason
             else:
@@ -73,29 +104,28 @@ class Suite:
         for group in groups:
             measured = self.measure(case, {label: present[label] for label in group}, model, rows_folder, record)
             for number, target in enumerate(case.targets):
-                if target.what != "mfu" and {target.ours, target.peer} <= set(measured):
-                    targets[number] = ratio(target, measured)
+                if target.what != "mfu":
+                    found = ratio(target, measured)
+                    targets[number] = found if found is not None else targets.get(number)
             timed |= measured
-        self.judge(case, present, timed, targets, self.reference(case, present, model, rows_folder, record), record)
-        record["seconds"] = time.perf_counter() - began
+        self.judge(case, present, timed, targets, lambda: self.reference(case, present, model, rows_folder, record), record)
         return record
 
     # -- what they work on --------------------------------------------------------------------------------------
 
     def model(self, case: Case) -> Path:
         """The folder of the case's model with the starts of every adapter that its candidates name."""
-        key = (case.shape, case.rank)
+        key = (case.shape, case.drawn)
         if key not in self.models:
             folder = Path(self.scratch.name) / f"model{len(self.models)}"
             folder.mkdir()
-            make_model(folder, case.shape, "bfloat16", case.device)
+            make_model(folder, case.shape, "bfloat16", case.device, drawn=case.drawn)
             self.models[key] = folder
         folder = self.models[key]
-        wanted = {c.spec.get("adapter", "lora") for c in case.candidates.values()}
-        missing = sorted(kind for kind in wanted if not (folder / f"adapter-{kind}").exists())
+        wanted = {c.spec.get("adapter", "lora") for c in case.candidates.values() if not case.drawn}
+        missing = sorted(kind for kind in wanted if not adapter_folder(folder, kind, case.rank).exists())
         if missing:
-            words = [sys.executable, "-m", "benchmarks.candidates.ours", str(folder), str(case.rank), *missing]
-            subprocess.run(words, check=True, env={**os.environ, **CALM}, capture_output=True)
+            self.told("benchmarks.candidates.ours", str(folder), str(case.rank), *missing)
         return folder
 
     def rows(self, name: str, case: Case) -> Path:
@@ -111,17 +141,17 @@ class Suite:
         write_rows(folder, rows)
         return folder
 
-    def start(self, label: str, candidate: Candidate, case: Case, model: Path, rows: Path) -> Process:
+    def words(self, candidate: Candidate, case: Case, model: Path, rows: Path) -> list[str]:
+        """What follows `python -m` for a candidate."""
         spec = {"folder": str(model), "rows": str(rows), "dtype": case.dtype, "micro_batch": case.micro_batch, "length": case.length,
-                "rank": case.rank, "adapter": "lora", "device": case.device, "memory": case.memory}  # fmt: skip
+                "rank": case.rank, "adapter": "lora", "device": case.device, "memory": case.memory, "drawn": case.drawn}  # fmt: skip
         for key, value in candidate.spec.items():
             spec[key.removesuffix("_override")] = value
-        python = sys.executable if candidate.kind == "ours" else str(peers.PYTHON)
+        return ["benchmarks.candidates.run", candidate.kind, json.dumps(spec)]
+
+    def start(self, label: str, candidate: Candidate, case: Case, model: Path, rows: Path) -> Process:
         log = Path(self.scratch.name) / f"{label.replace(' ', '-').replace(',', '')}.log"
-        return Process(
-            [python, "-m", "benchmarks.candidates.run", candidate.kind, json.dumps(spec)], log, patience=FIRST_PATIENCE,
-            environment=RETURNS_MEMORY if case.memory else None,
-        )  # fmt: skip
+        return Process(self.words(candidate, case, model, rows), log, nursery=self.nursery(candidate.kind), patience=FIRST_PATIENCE)
 
     # -- turns --------------------------------------------------------------------------------------------------
 
@@ -152,7 +182,8 @@ class Suite:
                     broke(label, fault)
             chance = random.Random(0)
             for _ in range(case.rounds):
-                for label in chance.sample(list(processes), len(processes)):
+                going = [label for label in processes if label in still_open(case.targets, timed)]
+                for label in chance.sample(going, len(going)):
                     try:
                         answer = processes[label].steps(case.steps)
                     except Fault as fault:
@@ -164,16 +195,18 @@ class Suite:
                     one.tokens.append(answer["tokens"] or case.micro_batch * case.length * case.steps)
                     if answer["transient"] is not None:
                         one.transient.append(answer["transient"])
+                        one.peak.append(answer["peak"])
         finally:
             for process in processes.values():
                 process.end()
         return timed
 
     def reference(self, case: Case, present: dict[str, Candidate], model: Path, rows: Path, record: dict[str, Any]) -> list[float] | None:
-        """The peer's losses in float32 over the equality steps."""
-        if not case.reference or "peft" not in present or case.dtype == "float32":
+        """The losses in float32 over the equality steps of the peer that others are held to."""
+        peer = next((c.equal_to for c in present.values() if c.equal_to in present), None)
+        if case.device != "cpu" or peer is None or case.dtype == "float32":
             return None
-        process = self.start("reference", present["peft"], replace(case, dtype="float32", memory=False), model, rows)
+        process = self.start("reference", present[peer], replace(case, dtype="float32", memory=False), model, rows)
         try:
             process.hear()
             losses = process.steps(case.equality_steps)["losses"]
@@ -185,6 +218,21 @@ class Suite:
         finally:
             process.end()
 
+    def first_step(self) -> dict[str, list[float]]:
+        """CPU seconds of ours and PEFT's from a bare interpreter: before the first step, of it, and of three more."""
+        case = CPU["C1"].toy() if self.toy else CPU["C1"]
+        rows, model, found = self.rows("C14", replace(case, rounds=3)), self.model(case), {}
+        for label in ("ours", "peft"):
+            python = sys.executable if label == "ours" else str(peers.PYTHON)
+            words = [python, "-m", *self.words(case.candidates[label], case, model, rows)]
+            process = Process(words, Path(self.scratch.name) / "first.log")
+            try:
+                before = process.hear()["before_first_step"]
+                found[label] = [before, *(process.steps(1)["cpu"] for _ in range(4))]
+            finally:
+                process.end()
+        return found
+
     # -- what comes of it ---------------------------------------------------------------------------------------
 
     def peak(self, case: Case) -> float:
@@ -193,14 +241,14 @@ class Suite:
             self.peaks[key] = machine.gemm_flops(case.dtype, case.device)
         return self.peaks[key]
 
-    def judge(self, case: Case, present: dict, timed: dict[str, Timed], targets: dict, reference: list[float] | None, record: dict) -> None:
+    def judge(self, case: Case, present: dict, timed: dict[str, Timed], targets: dict, reference: Callable[[], list[float] | None], record: dict) -> None:
+        """`reference` is asked where the losses are further apart than any two may be: it may allow for more."""
         losses = {label: one.losses for label, one in timed.items()}
-        record["failed"] += unequal(present, losses, case.dtype, reference)
+        complaints = unequal(present, losses, case.dtype)
+        record["failed"] += complaints and unequal(present, losses, case.dtype, reference())
         for label, candidate in present.items():
             if label in losses and candidate.equal_to in losses and candidate.equal_to != label and losses[label]:
                 record.setdefault("loss_distance", {})[label] = distance(losses[label], losses[candidate.equal_to])
-        if reference and "peft" in losses:
-            record["peer_distance_to_float32"] = distance(losses["peft"], reference)
         flops = case.shape.flops_per_token(case.length if case.rows == "even" else 118, case.rank)
         for label, one in timed.items():
             whole = present[label].spec.get("adapter") != "half"  # half the layers are less work than the formula says
@@ -212,31 +260,25 @@ class Suite:
             record["targets"].append(verdict(target, value))
 
 
-def run_part(name: str, rounds: int | None, toy: bool, results: dict[str, Any]) -> dict[str, Any]:
-    """C9, C10, C11 or C14 as a record like a case's."""
-    began = time.perf_counter()
-    record: dict[str, Any] = {"title": TITLES[name], "failed": [], "absent": {}, "candidates": {}, "targets": []}
+def run_part(name: str, rounds: int | None, suite: Suite) -> dict[str, Any]:
+    """A part as a record like a case's."""
+    record: dict[str, Any] = {"title": PARTS[name], "failed": [], "absent": {}, "candidates": {}, "targets": []}
     try:
         if name == "C9":
-            record["targets"], record["detail"] = parts.methods(rounds or 2, toy)
+            record["targets"], record["detail"] = parts.methods_rows(suite.told, rounds or 2, suite.toy)
         elif name == "C10":
-            record["targets"], record["detail"] = parts.pissa_rows(toy)
+            record["targets"], record["detail"] = parts.pissa_rows(suite.told, suite.toy)
         elif name == "C11":
-            record["targets"], record["detail"] = parts.merge_rows(toy)
+            record["targets"], record["detail"] = parts.merge_rows(suite.told, suite.toy)
+        elif name == "C12":
+            record["targets"], record["detail"] = parts.values_rows(suite.told, suite.toy)
         else:
-            record["targets"], record["detail"] = parts.startup_rows(results.get("C1", {}).get("candidates", {}))
+            record["targets"], record["detail"] = parts.startup_rows(suite.first_step())
     except ValueError as fault:  # two results that should be equal are not
         record["failed"].append(str(fault))
-    except subprocess.CalledProcessError as fault:
-        record["absent"]["all"] = (str(fault.stderr or fault).strip().splitlines() or ["no message"])[-1]
-    record["seconds"] = time.perf_counter() - began
+    except Fault as fault:
+        record["absent"]["all"] = str(fault)
     return record
-
-
-TITLES = {
-    "C9": "every method of the catalogue beside our LoRA", "C10": "PiSSA's start on 4096 x 4096",
-    "C11": "merging 405 M adapted weights in bf16", "C14": "import, first step",
-}  # fmt: skip
 
 
 def chosen(words: str | None, known: list[str]) -> list[str]:
@@ -277,10 +319,13 @@ def main(words: list[str] | None = None) -> int:
     suite = Suite(toy=options.toy, cuda=options.gpu, rounds=options.rounds)
     try:
         for name in names:
-            print(f"{name}: {TITLES[name] if name in PARTS else cases[name].title} ...", flush=True)
-            load = machine.load()
-            record = run_part(name, options.rounds, options.toy, result["cases"]) if name in PARTS else suite.run(name, cases[name])
-            record |= {"commit": result["machine"]["commit"], "load": [load, machine.load()]}
+            print(f"{name}: {PARTS[name] if name in PARTS else cases[name].title} ...", flush=True)
+            load, began, cpu = machine.load(), time.perf_counter(), suite.cpu_seconds()
+            record = run_part(name, options.rounds, suite) if name in PARTS else suite.run(name, cases[name])
+            record |= {
+                "seconds": time.perf_counter() - began, "cpu_seconds": suite.cpu_seconds() - cpu,
+                "commit": result["machine"]["commit"], "load": [load, machine.load()],
+            }  # fmt: skip
             result["cases"] = {k: v for k, v in sorted((result["cases"] | {name: record}).items(), key=lambda item: _order(item[0]))}
             print(report.case_text(name, record), flush=True)
             result["gemm_gflops"] |= {" ".join(k): v / 1e9 for k, v in suite.peaks.items()}

@@ -53,8 +53,14 @@ LLAMA_70B = Shape(hidden=8192, layers=80, inter=28672, vocab=128256, heads=64, k
 MERGED = Shape(hidden=2048, layers=8, inter=5504, vocab=32000, heads=16, kv_heads=16)  # 405 M adapted weights
 
 
-def make_model(folder: Path, shape: Shape, dtype: str, device: str = "cpu") -> None:
-    """A random model and its tokenizer of numbers, as a Hugging Face folder."""
+def adapter_folder(folder: Path, kind: str, rank: int) -> Path:
+    """Where the start of an adapter of that kind lies that every candidate takes."""
+    return folder / f"adapter-{kind}-{rank}"
+
+
+def make_model(folder: Path, shape: Shape, dtype: str, device: str = "cpu", *, drawn: bool = False) -> None:
+    """A random model and its tokenizer of numbers, as a Hugging Face folder. `drawn`: without weights, which whoever loads it
+    draws: a model of 70 B is never written, nor whole anywhere before it is quantised."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,10 +69,14 @@ def make_model(folder: Path, shape: Shape, dtype: str, device: str = "cpu") -> N
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inter, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.positions,
         tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS, dtype=getattr(torch, dtype),
-    )
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    if drawn:
+        config.save_pretrained(folder)
+    else:
+        with torch.device(device):
+            model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+        model.save_pretrained(folder)
     make_tokenizer(shape.vocab).save_pretrained(folder)
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.cases import CPU, GPU, PARTS
-from benchmarks.measure import Candidate, Target, Timed, ratio, slope, unequal, verdict
+from benchmarks.measure import Candidate, Target, Timed, ratio, slope, still_open, unequal, verdict
 from benchmarks.suite import chosen
 from benchmarks.work import Shape
 
@@ -36,6 +36,29 @@ def test_a_missing_peer_is_not_measured_and_not_met():
     target = Target("speed", "ours", "litgpt", 1.3)
     assert ratio(target, {"ours": timed(1.0)}) is None
     assert verdict(target, None)["met"] is None
+
+
+def test_who_has_nothing_left_to_tell_sits_out():
+    targets = (Target("speed", "ours", "far", 1.0), Target("speed", "ours", "near", 1.9))
+    three = {"ours": timed(1.0, 1.0, 1.0), "far": timed(2.0, 2.0, 2.0), "near": timed(2.0, 2.0, 2.0), "free": timed(1.0, 1.0, 1.0)}
+    assert still_open(targets, three) == {"ours", "near"}
+    assert still_open(targets[:1], three) == set()
+    assert still_open(targets[:1], three | {"far": timed(2.0, 0.5, 2.0)}) == {"ours", "far"}  # one round says otherwise
+    assert still_open(targets, {name: Timed(one.seconds[:2], [], one.tokens[:2]) for name, one in three.items()}) == set(three)
+
+
+def test_a_ratio_is_of_the_rounds_in_which_both_took_part():
+    both = {"ours": timed(1.0, 1.0, 1.0, 9.0, 9.0), "peft": timed(2.0, 2.0, 2.0)}
+    assert ratio(Target("speed", "ours", "peft", 1.0), both) == pytest.approx(2.0)
+
+
+def test_what_is_of_ours_alone_needs_no_peer():
+    alone = {"ours": Timed([1.0], [1.0], [4096], peak=[11_000_000_000])}
+    assert ratio(Target("peak", "ours", "12 GB", 12.0), alone) == pytest.approx(11.0)
+    assert ratio(Target("tokens", "ours", "one card", 4096.0), alone) == 4096
+    assert verdict(Target("peak", "ours", "12 GB", 12.0), 11.0)["met"] is True
+    assert verdict(Target("tokens", "ours", "one card", 300_000.0), 4096.0)["met"] is False
+    assert verdict(Target("mfu", "ours", "989 TFLOP/s", 0.55), 0.6)["met"] is True
 
 
 @pytest.mark.parametrize(("what", "value", "met"), [("speed", 1.3, True), ("speed", 1.29, False), ("time", 1.3, True), ("transient", 1.31, False)])
@@ -73,7 +96,7 @@ def test_every_target_names_candidates_of_its_case():
     for name, case in {**CPU, **GPU}.items():
         for target in case.targets:
             assert target.ours in case.candidates, name
-            assert target.peer in case.candidates or target.what == "mfu", name
+            assert target.peer in case.candidates or target.what in ("mfu", "peak", "tokens"), name
         for candidate in case.candidates.values():
             assert candidate.equal_to is None or candidate.equal_to in case.candidates, name
 
@@ -102,7 +125,7 @@ def made(failed: list[str]) -> dict:
     row = Timed([1.0], [1.0], [100], [5], [2.0], 1.5, 0.1).row(1e9, 1e12, 1)
     record = {
         "title": "a case", "failed": failed, "absent": {"litgpt": "does not import"}, "candidates": {"ours": row, "peft": row},
-        "targets": [verdict(Target("speed", "ours", "peft", 1.3), 1.4)], "seconds": 1.0, "commit": "0123456789ab", "load": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+        "targets": [verdict(Target("speed", "ours", "peft", 1.3), 1.4)], "seconds": 1.0, "cpu_seconds": 2.0, "commit": "0123456789ab", "load": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
         "setting": {"dtype": "bfloat16", "micro_batch": 2, "length": 16, "rank": 4, "rounds": 1, "steps": 1},
     }  # fmt: skip
     machine = {"processor": "a processor", "features": [], "cores": 2, "system": "Linux", "python": "3", "versions": {}, "commit": None}
@@ -116,11 +139,22 @@ def test_a_result_says_what_was_met_and_what_was_absent(tmp_path):
     assert "| C1 | speed | ours | peft | 1.4 | >= 1.3 | met |" in text
     assert "litgpt: does not import" in text
     assert "C7 (why)" in text
-    assert "Commit 0123456789ab; 1 s; load averages 0.1 0.2 0.3 before, 0.4 0.5 0.6 after." in text
+    assert "Commit 0123456789ab; 1 s, 2 s of CPU; load averages 0.1 0.2 0.3 before, 0.4 0.5 0.6 after." in text
     assert report.kept(tmp_path, gpu=False, toy=False).keys() == {"C1"}
     assert report.kept(tmp_path, gpu=True, toy=False) == {}
     assert json.loads((tmp_path / "suite.json").read_text())["cases"]["C1"]["targets"][0]["met"] is True
     assert (tmp_path / "suite_speed.png").stat().st_size > 1000
+
+
+def test_curves_are_drawn_of_what_was_measured_at_two_points(tmp_path):
+    result = made([])
+    report.write(result, tmp_path)
+    assert not (tmp_path / "suite_rank.png").exists() and not (tmp_path / "suite_length.png").exists()
+    record = result["cases"]["C1"]
+    result["cases"] |= {"rank-64": record | {"setting": record["setting"] | {"rank": 64}}}
+    result["cases"] |= {f"C6-{length}": record | {"setting": record["setting"] | {"length": length}} for length in (1024, 2048)}
+    report.write(result, tmp_path)
+    assert (tmp_path / "suite_rank.png").stat().st_size > 1000 and (tmp_path / "suite_length.png").stat().st_size > 1000
 
 
 def test_a_case_whose_losses_differ_meets_nothing():

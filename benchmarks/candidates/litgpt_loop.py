@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.candidates.peft_loop import in_order, num_tokens, padded
-from benchmarks.work import LR, read_rows, read_shape
+from benchmarks.work import LR, adapter_folder, read_rows, read_shape
 
 
-def weights(folder: Path, adapter: str, layers: int) -> dict[str, Any]:
+def weights(folder: Path, adapter: Path, layers: int) -> dict[str, Any]:
     """litgpt's names for the folder's tensors and the adapter's: query, key and value are one matrix there."""
     import torch
     from safetensors.torch import load_file
 
-    base, lora = load_file(folder / "model.safetensors"), load_file(folder / f"adapter-{adapter}" / "adapter_model.safetensors")
+    base, lora = load_file(folder / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     given = {
         "transformer.wte.weight": base["model.embed_tokens.weight"], "transformer.ln_f.weight": base["model.norm.weight"],
         "lm_head.linear.weight": base["lm_head.weight"],
@@ -49,7 +49,7 @@ def train(pacer: Any, spec: dict[str, Any], began: float) -> None:
         lora_mlp=True,
     )  # fmt: skip
     model = GPT(config).to(getattr(torch, spec["dtype"]))
-    model.load_state_dict(weights(folder, spec["adapter"], shape.layers))
+    model.load_state_dict(weights(folder, adapter_folder(folder, spec["adapter"], spec["rank"]), shape.layers))
     mark_only_lora_as_trainable(model)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import LR, read_shape
+from benchmarks.work import LR, adapter_folder, read_shape
 
 ADAPTERS = ("lora", "dora", "half")  # half: LoRA in the upper half of the layers
 
@@ -22,7 +22,7 @@ def settings(spec: dict[str, Any], output: str) -> dict[str, Any]:
         adapter["targets"] = rf"model\.layers\.({upper})\..*_proj"
     config: dict[str, Any] = {
         "name": "bench", "output": output, "seed": 0, "adapter": adapter,
-        "model": {"path": spec["folder"], "dtype": spec["dtype"]},
+        "model": {"path": spec["folder"], "dtype": spec["dtype"], "start": "random" if spec.get("drawn") else "pretrained"},
         "data": {
             "train": [str(Path(spec["rows"]) / "train.jsonl")], "format": "prompt_completion", "template": "plain",
             "shuffle": False, "max_length": spec["length"], "cache": None,
@@ -38,6 +38,35 @@ def settings(spec: dict[str, Any], output: str) -> dict[str, Any]:
     for section, values in spec.get("config", {}).items():
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
     return config
+
+
+def preload() -> None:
+    """Import what a run has imported before its first step, and no more."""
+    import torch  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.auto.tokenization_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import deltune
+    from deltune.adapters import attach, fused, nodes  # noqa: F401
+    from deltune.commands import (  # noqa: F401
+        batching,
+        describe_run,
+        estimate,
+        fast,
+        new_tokens,
+        open_model,
+        recompute,
+        survey,
+    )
+    from deltune.data import loader, prepare  # noqa: F401
+    from deltune.engines import build, resident  # noqa: F401
+    from deltune.models import dry_run, lean, load  # noqa: F401
+    from deltune.settings import run_from
+    from deltune.training import checkpoints, console, loop  # noqa: F401
+
+    deltune.train  # noqa: B018, the name loads what it needs
+    run_from({"adapter": {"method": "lora"}})  # every method's settings
 
 
 def train(pacer: Any, spec: dict[str, Any], began: float) -> None:
@@ -70,7 +99,7 @@ def write_adapters(folder: str, rank: int, wanted: list[str]) -> None:
         spec = {"folder": folder, "rank": rank, "adapter": kind, "dtype": "float32", "length": 16, "micro_batch": 1, "rows": folder}
         run = run_from(settings(spec, folder))
         model = attach(load(run.model, seed=run.seed), run.adapter, seed=run.seed)
-        save_adapter(model, Path(folder) / f"adapter-{kind}")
+        save_adapter(model, adapter_folder(Path(folder), kind, rank))
 
 
 if __name__ == "__main__":

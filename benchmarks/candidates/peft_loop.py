@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import LR, PAD, Row, read_rows
+from benchmarks.work import LR, PAD, Row, adapter_folder, read_rows
 
 
 def padded(rows: list[Row]) -> dict[str, Any]:
@@ -49,14 +49,28 @@ def in_order(rows: list[Row], micro_batch: int) -> Iterator[list[Row]]:
         at += micro_batch
 
 
-def load(spec: dict[str, Any]) -> Any:
-    """The model with the adapter that every candidate starts from."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def preload() -> None:
+    """Import what every peer has imported before its first step; Trainer, TRL and litgpt come in processes of their own."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    model = AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=getattr(torch, spec["dtype"]))
+
+def load(spec: dict[str, Any]) -> Any:
+    """The model with the adapter that every candidate starts from. `quant`: bitsandbytes' NF4 with quantised scales;
+    `prepared`: then as PEFT's prepare_model_for_kbit_training leaves it, all but codes in float32."""
+    import torch
+    from peft import PeftModel, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype, quantised = getattr(torch, spec["dtype"]), {}
+    if spec.get("quant"):
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=spec["quant"], bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **quantised)
     model.config.use_cache = False
+    if spec.get("prepared"):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(spec.get("checkpointing")))
     if spec.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.get("liger"):
@@ -64,13 +78,13 @@ def load(spec: dict[str, Any]) -> Any:
 
         apply_liger_kernel_to_llama(model=model)
     model = PeftModel.from_pretrained(
-        model, Path(spec["folder"]) / f"adapter-{spec['adapter']}", is_trainable=True,
+        model, adapter_folder(Path(spec["folder"]), spec["adapter"], spec["rank"]), is_trainable=True,
         autocast_adapter_dtype=spec.get("autocast_adapters", True),
     )
     for module in model.modules():
         if spec.get("dropout") and isinstance(getattr(module, "lora_dropout", None), torch.nn.ModuleDict):
             module.lora_dropout["default"] = torch.nn.Dropout(spec["dropout"])
-    return model.to(spec.get("device", "cpu")).train()
+    return (model if spec.get("quant") else model.to(spec.get("device", "cpu"))).train()  # codes are where they were read to
 
 
 def train(pacer: Any, spec: dict[str, Any], began: float) -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 
-from benchmarks.memory import CudaPeak, ResidentPeak
+from benchmarks.memory import CudaPeak, ResidentPeak, give_back_at_once
 from benchmarks.pipe import Pacer
 
 KINDS = {
@@ -52,6 +52,7 @@ def main() -> None:
             pacer.clock, pacer.rest = CudaClock(), torch.cuda.empty_cache
         if spec.get("memory"):
             pacer.peak = CudaPeak() if cuda else ResidentPeak()
+            give_back_at_once()
         importlib.import_module(f"benchmarks.candidates.{KINDS[kind]}").train(pacer, spec, began)
 
     pacer.guarded(work)
