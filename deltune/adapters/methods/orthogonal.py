@@ -131,11 +131,30 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+class Cayley(torch.autograd.Function):
+    """D = (I + Q)(I − Q)⁻¹ − I = 2(I − Q)⁻¹Q. With M = (I − Q)⁻¹ = I + D/2 a change of Q changes it by 2M·dQ·M, so its gradient
+    takes products alone."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor) -> Tensor:
+        # I − Q always has an inverse, so whether there was one is not asked
+        D = torch.linalg.solve_ex(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q).result
+        ctx.save_for_backward(D)
+        return D
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        N = ctx.saved_tensors[0].mT / 2  # Mᵀ − I
+        half = gradient + N @ gradient
+        return 2 * (half + half @ N)
+
+
 def cayley(Q: Tensor) -> Tensor:
-    """(I + Q)(I − Q)⁻¹ − I = 2(I − Q)⁻¹Q, for a batch; exactly zero at Q = 0."""
+    """(I + Q)(I − Q)⁻¹ − I for a batch; exactly zero at Q = 0."""
     Q = Q.to(torch.promote_types(Q.dtype, torch.float32))  # there are no solvers in 16 bits
     with full_precision(Q):
-        return torch.linalg.solve(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q)
+        return Cayley.apply(Q)
 
 
 def neumann(Q: Tensor, terms: int) -> Tensor:
@@ -152,6 +171,8 @@ def wider(D: Tensor) -> Tensor:
     """The same block-diagonal matrix in fewer and wider blocks, for products of very small ones are slow."""
     n, b, _ = D.shape
     together = max(g for g in range(1, max(1, WIDE // b) + 1) if n % g == 0)
+    if together == 1:
+        return D
     eye = torch.eye(together, dtype=D.dtype, device=D.device)
     return (D.view(-1, together, b, 1, b) * eye.view(1, together, 1, together, 1)).reshape(-1, together * b, together * b)
 
