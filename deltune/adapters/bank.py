@@ -109,7 +109,7 @@ class Projection(Bank):
     out and a resumed run draws them again. An adapter's file holds them, unless `config.save_projection` is off.
     """
 
-    def frozen(self, name: str, *shape: int) -> None:
+    def declare(self, name: str, *shape: int) -> None:
         """Declare one of the tensors; its name is also the name in the file."""
         self.register_buffer(name, torch.empty(*shape, **self.storage), persistent=False)
 

@@ -88,8 +88,8 @@ class VeraPair(Projection):
 
     def build(self) -> None:
         rank = self.config.rank
-        self.frozen(self.names[0], self.halves * rank, self.max_in)
-        self.frozen(self.names[1], self.max_out, rank)
+        self.declare(self.names[0], self.halves * rank, self.max_in)
+        self.declare(self.names[1], self.max_out, rank)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:

@@ -22,6 +22,7 @@ from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
 from deltune.config.fields import option
 from deltune.errors import AdapterError
+from deltune.weights.scratch import scratch
 
 DELTAS = {"randlora": "RandLoraConfig", "vblora": "VbLoraConfig", "unilora": "UniLoraConfig"}
 
@@ -81,8 +82,8 @@ class RandBases(Projection):
 
     def build(self) -> None:
         rank, smallest, largest = self.config.rank, min(self.max_in, self.max_out), max(self.max_in, self.max_out)
-        self.frozen("randlora_A", rank, 1, smallest)
-        self.frozen("randlora_B", largest, num_bases(smallest, rank), rank)
+        self.declare("randlora_A", rank, 1, smallest)
+        self.declare("randlora_B", largest, num_bases(smallest, rank), rank)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
@@ -97,18 +98,24 @@ class RandBases(Projection):
 
 
 class ScaledBases(torch.autograd.Function):
-    """A scaled for each base: [n, r, min] with the entries λ[r, n]·A[r, min]·γ[n, min]. Keeps the factors, not products."""
+    """A scaled for each base: [n, r, min] with the entries λ[r, n]·A[r, min]·γ[n, min], in `dtype`. Keeps the factors, not products."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, scales: Tensor, gates: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor, scales: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(A, scales, gates)
-        return (scales.T.unsqueeze(2) * A).mul_(gates.unsqueeze(1))
+        found = torch.mul(scales.T.unsqueeze(2), A, out=_of_all(A, gates) if dtype != A.dtype else None)
+        return found.mul_(gates.unsqueeze(1)).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
         A, scales, gates = ctx.saved_tensors
-        shared = gradient * A  # [n, r, min]
-        return None, torch.einsum("jrm,jm->rj", shared, gates), torch.einsum("jrm,rj->jm", shared, scales)
+        shared = torch.mul(gradient, A, out=_of_all(A, gates))
+        return None, torch.bmm(shared, gates.unsqueeze(2)).squeeze(2).T, torch.bmm(scales.T.unsqueeze(1), shared).squeeze(1), None
+
+
+def _of_all(A: Tensor, gates: Tensor) -> Tensor:
+    """Room for [n, r, min], to be used at once."""
+    return scratch("scaled bases", A, A.dtype, len(gates), *A.shape)
 
 
 class RandLora(Delta):
@@ -135,12 +142,19 @@ class RandLora(Delta):
         self.randlora_gamma.fill_(1 / max(self.n, self.smallest))
 
     def product(self) -> tuple[Tensor, Tensor, float]:
-        B = self.bases.randlora_B[: self.largest, : self.n]  # [max, n, r]
-        A = ScaledBases.apply(self.bases.randlora_A[:, 0, : self.smallest], self.randlora_lambda, self.randlora_gamma)
+        return self.factors_in(self.randlora_lambda.dtype)
+
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
+        return self.factors_in(W.dtype if dense.is_short(W.dtype) else self.randlora_lambda.dtype)
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """(B, A, 1) in this type."""
+        B = self.bases.frozen("randlora_B", dtype)[: self.largest, : self.n]  # [max, n, r]
+        A = ScaledBases.apply(self.bases.randlora_A[:, 0, : self.smallest], self.randlora_lambda * self.scale, self.randlora_gamma, dtype)
         if self.config.peft_compat:  # base j and rank i of A meet B's entry n·i + j, counted with the rank running fastest
             A = A.transpose(0, 1)
         A, B = A.flatten(0, 1), B.flatten(1)
-        return (B, A, self.scale) if self.smallest == self.site.n_in else (A.T, B.T, self.scale)
+        return (B, A, 1.0) if self.smallest == self.site.n_in else (A.T, B.T, 1.0)
 
     def forms_delta(self, x: Tensor) -> bool:
         if dense.is_short(x.dtype):  # no faster there, and a rounded ΔW's gradient gives λ's twice the error
@@ -150,8 +164,8 @@ class RandLora(Delta):
         return self.pays_to_form(x, apart=apart, forming=2 * rank * self.smallest * self.largest)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        left, right, scale = self.product()
-        return F.linear(F.linear(x, right.to(x.dtype)), left.to(x.dtype)) * scale
+        left, right, _ = self.factors_in(x.dtype)
+        return F.linear(F.linear(x, right), left)
 
 
 def _randlora_to_peft(config: RandLoraConfig) -> dict[str, Any]:
