@@ -1,13 +1,15 @@
 """HRA (arXiv:2405.17484): a layer's input is reflected a few times, W' = W·Π(I − 2uuᵀ), and no matrix is formed for it.
 
-Legend: R [in, in] is the product, so y = W (R x), and W is needed only for merging. What is computed is R − I.
+Legend: R [in, in] is the product, so y = W (R x). What is computed is R − I, as a product of two factors of small rank; in
+a node, which layers with one x share, it is W(R − I) as such a product.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,10 @@ class Hra(Delta):
         fits=lambda config: config.exact_start != config.gram_schmidt,
     )
 
+    @property
+    def in_product_form(self) -> bool:
+        return torch.is_grad_enabled()  # the one token of a text that is generated is not worth a product with W
+
     def build(self) -> None:
         rank, n = self.config.rank, self.site.n_in
         if self.config.gram_schmidt and rank > n:
@@ -101,20 +107,12 @@ class Hra(Delta):
     def pairs(self) -> tuple[Tensor, Tensor]:
         """P [in, 2·pairs] and S [2·pairs, 2·pairs] with Π(I − 2uuᵀ) = I + P S Pᵀ."""
         U = unit_columns(self.hra_u)
-        count = U.shape[1] // 2
-        u, d = U[:, 0::2], U[:, 1::2] - U[:, 0 : 2 * count : 2]
-        size = (d * d).sum(dim=0)  # δ
-        K = torch.stack([-2 * size, 2 - 2 * size, -2 + 0 * size, -2 + 0 * size], dim=-1).view(-1, 2, 2)
-        if U.shape[1] % 2:  # one that has no pair: I − 2uuᵀ
-            d = torch.cat([d, torch.zeros_like(d[:, :1]) if count else torch.zeros_like(u)], dim=1)
-            K = torch.cat([K, K.new_tensor([[[-2.0, 0.0], [0.0, 0.0]]])])
-        P = torch.stack([u, d], dim=-1).flatten(1)
-        places = torch.arange(P.shape[1], device=P.device) // 2
-        K = torch.block_diag(*K)
-        eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
-        with full_precision(P):
-            G = (P.mT @ P) * (places.unsqueeze(1) < places)
-            return P, torch.linalg.solve_triangular(eye - K @ G, K, upper=True, unitriangular=True)
+        turns = pair_turns(U.shape[1], U.dtype, U.device)
+        with full_precision(U):
+            P = U @ turns.apart
+            gram = P.mT @ P
+            K = torch.addcmul(turns.plain, turns.by_size, gram.diagonal().roll(-1).unsqueeze(1))  # δ stands one further on
+            return P, torch.linalg.solve_triangular(turns.eye - K @ (gram * turns.later), K, upper=True, unitriangular=True)
 
     def change(self, x: Tensor, *, back: bool = False) -> Tensor:
         """(R − I) x for each row of x, or (Rᵀ − I) x, where W' = W·R."""
@@ -137,17 +135,46 @@ class Hra(Delta):
             return U, -2 * V
         U0, V0 = projection(self.hra_start)
         with full_precision(U):
-            L = torch.cat([U0, U - U0], dim=1)
-            # x(I − 2P₀)L = x(L − 2U₀V₀L), and of that the columns of L are combinations: L S
-            S = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
-            S = torch.cat([S[: U0.shape[1]] - 2 * V0 @ L, S[U0.shape[1] :]])
-            return L, -2 * (S @ torch.cat([V - V0, V]))
+            L, M = torch.cat([U0, U - U0], dim=1), torch.cat([V - V0, V])
+            # x(I − 2P₀)L = x(L − 2U₀V₀L), and of that the columns of L are combinations
+            return L, -2 * torch.cat([torch.addmm(V - V0, V0 @ L, M, alpha=-2), V])
+
+    def running_product(self, W: Tensor) -> tuple[Tensor, Tensor, float]:
+        """W(R − I) as [out, k]·[k, in]."""
+        if self.config.gram_schmidt:
+            left, right = self.turn()
+            return W @ right.mT.to(W.dtype), left.mT, 1.0
+        P, S = self.pairs()
+        return W @ (P @ S).to(W.dtype), P.mT, 1.0
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return base(x + self.change(base.drop(x)))
 
     def delta(self, W: Tensor) -> Tensor:
         return self.change(W, back=True)
+
+
+class Turns(NamedTuple):
+    """What makes pairs of reflections out of their vectors, all but `apart` [2·pairs, 2·pairs]."""
+
+    apart: Tensor  # [rank, 2·pairs]: (u, v) to (u, v − u)
+    plain: Tensor  # K where δ is 0
+    by_size: Tensor  # what K gains for each δ
+    later: Tensor  # 1 above the 2×2 blocks
+    eye: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def pair_turns(rank: int, dtype: torch.dtype, device: torch.device) -> Turns:
+    with torch.inference_mode(False):
+        pairs = (rank + 1) // 2
+        eye = torch.eye(pairs, dtype=dtype, device=device)
+        apart, plain, by_size = (torch.kron(eye, eye.new_tensor(block)) for block in ([[1, -1], [0, 1]], [[0, 2], [-2, -2]], [[-2, -2], [0, 0]]))
+        if rank % 2:  # one that has no pair: I − 2uuᵀ
+            plain[-2:, -2:] = eye.new_tensor([[-2, 0], [0, 0]])
+            by_size[-2:] = 0
+        later = torch.kron(eye.new_ones(pairs, pairs).triu(1), eye.new_ones(2, 2))
+        return Turns(apart[:rank], plain, by_size, later, torch.eye(2 * pairs, dtype=dtype, device=device))
 
 
 def unit_columns(U: Tensor) -> Tensor:
