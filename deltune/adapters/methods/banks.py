@@ -211,10 +211,10 @@ class Pvera(Delta):
         d = self.pvera_lambda_d.to(x.dtype)
         if self.samples:
             mean, log_variance = (F.linear(x, A.to(x.dtype)) * d).chunk(2, dim=-1)
-            z = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
-        else:
-            rank = self.config.rank
-            z = F.linear(x, A[:rank].to(x.dtype)) * d[:rank]
+            z = torch.addcmul(mean, torch.randn_like(mean), torch.exp(0.5 * log_variance))
+            return F.linear(z, (self.pvera_lambda_b.unsqueeze(1) * B).to(x.dtype))
+        rank = self.config.rank
+        z = F.linear(x, A[:rank].to(x.dtype)) * d[:rank]
         return F.linear(z, B.to(x.dtype)) * self.pvera_lambda_b.to(x.dtype)
 
 
