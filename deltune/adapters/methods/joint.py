@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.entries import Entries
 from deltune.config.fields import option
 from deltune.errors import AdapterError
 
@@ -94,10 +95,21 @@ class JointBasis(Bank):
         self.register_buffer("frod_V", torch.empty(width, width, **self.storage))
         self.register_buffer("frod_s_indices", torch.zeros(2, count, dtype=torch.int64, device=device))
         self.register_buffer("frod_s_size", torch.full((2,), width, dtype=torch.int64, device=device))
+        self._entries: tuple[Tensor, int, Entries] | None = None
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         self.frod_s_indices.copy_(off_diagonal(self.max_in, self.frod_s_indices.shape[1], generator))
+
+    def entries(self) -> Entries:
+        """Where diag(λ) + S can be other than zero: the diagonal, then S's places. Told anew where these have changed."""
+        known, indices, width = self._entries, self.frod_s_indices, self.max_in
+        if known is None or known[0] is not indices or known[1] != indices._version:
+            with torch.inference_mode(False):  # training may come after an evaluation
+                diagonal = torch.arange(width, device=indices.device) * (width + 1)
+                places = torch.cat([diagonal, indices[0] * width + indices[1]])
+                known = self._entries = (indices, indices._version, Entries.at(places, width, width, indices.device))
+        return known[2]
 
     @torch.no_grad()
     def start(self, weights: Mapping[str, Callable[[], Tensor]], generator: torch.Generator) -> None:
@@ -157,28 +169,28 @@ class Frod(Delta):
         self.lambda_0.copy_(norms)
         self.U.copy_(torch.where(norms > 1e-12, scaled / norms, 0))
 
-    def core(self, dtype: torch.dtype | None = None) -> Tensor:
-        """diag(λ − λ₀) + S [in, in], by default in the stored type."""
-        n = self.site.n_in
-        rows, columns = self.joint.frod_s_indices
-        places = torch.cat([torch.arange(n, device=rows.device) * (n + 1), rows * n + columns])
-        values = torch.cat([self.frod_lambda_l - self.lambda_0, self.frod_lambda_s_values])
-        values = values if dtype is None else values.to(dtype)
-        return values.new_zeros(n * n).index_add(0, places, values).view(n, n)
+    def values(self) -> Tensor:
+        """Of diag(λ − λ₀) + S, the core, at `entries`."""
+        return torch.cat([self.frod_lambda_l - self.lambda_0, self.frod_lambda_s_values])
+
+    def right(self, dtype: torch.dtype) -> Tensor:
+        """core · Vᵀ [in, in]."""
+        return self.joint.entries()(self.joint.frozen("frod_V", dtype), self.values()).T
 
     def product(self) -> tuple[Tensor, Tensor, float]:
-        return self.U, self.core() @ self.joint.frod_V.T, 1.0
+        return self.U, self.right(self.U.dtype), 1.0
 
     def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
-        return self.frozen("U", dtype) @ (self.core(dtype) @ self.joint.frozen("frod_V", dtype).T)
+        return self.frozen("U", dtype) @ self.right(dtype)
 
     def forms_delta(self, x: Tensor) -> bool:
         n_in, n_out = self.site.n_in, self.site.n_out
-        return self.pays_to_form(x, apart=n_in * (5 * n_in + 2 * n_out), forming=2 * n_in**2 * (n_in + n_out))
+        core = 0 if self.joint.entries().by_entry(x) else n_in  # what a row takes to go through the core
+        return self.pays_to_form(x, apart=n_in * (2 * n_in + 3 * core + 2 * n_out), forming=2 * n_in**2 * (core + n_out))
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         z = F.linear(x, self.joint.frozen("frod_V", x.dtype).T)  # [..., in]
-        return F.linear(F.linear(z, self.core(x.dtype)), self.frozen("U", x.dtype))
+        return F.linear(self.joint.entries()(z, self.values()), self.frozen("U", x.dtype))
 
     def lr_ratios(self) -> dict[str, float]:
         return {"frod_lambda_s_values": 0.1}
