@@ -271,6 +271,7 @@ class Session:
         self.settle_recompute(loop)
         described = loop.info.description | {"recompute": {"kind": loop.progress.recompute, "reason": self.recompute_reason}}
         loop.info = dataclasses.replace(loop.info, start_step=loop.progress.step, description=described)
+        self.engine.restart_peak_memory()  # of what was before the first step nothing counts
         for callback in self.callbacks:
             callback.on_start(loop.info)
         for complaint in complaints:

@@ -125,7 +125,6 @@ class Loop:
 
     def _run(self) -> str:
         self.model.train()
-        self.engine.restart_peak_memory()
         stopped_by = "completed"
         if self._patience_is_over():  # a run killed between its last evaluation and its end
             return "early_stop"
