@@ -49,7 +49,7 @@ class Timed:
     tokens: list[int] = field(default_factory=list)
     transient: list[int] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # of the equality steps
+    losses: list[float] = field(default_factory=list)  # of the equality steps, the first of all
     first_seconds: float = 0.0
     before_first_step: float | None = None
 

@@ -263,7 +263,7 @@ IMPORT = "import torch, time; began = time.process_time(); import {}; print(time
 
 
 def startup_rows(steps: dict[str, list[float]]) -> tuple[list[Row], dict[str, Any]]:
-    """`steps`: of ours and PEFT's from a bare interpreter, CPU seconds before the first step, of it, and of later ones."""
+    """`steps`: of ours and PEFT's, CPU seconds before the first step, of it, and of later ones."""
     imports = {
         "ours": statistics.median(_bare(sys.executable, "deltune; deltune.train") for _ in range(3)),
         "peft": _bare(str(peers.PYTHON), "peft"),

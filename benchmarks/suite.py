@@ -4,8 +4,8 @@
     python -m benchmarks.suite --cases C1,C3 --rounds 5   the others of an earlier result stay in it
     python -m benchmarks.suite --gpu [--toy]          the cases of one CUDA card (make bench-gpu); --toy: at toy size on the CPU
 
-Each candidate is a process of its own (nursery.py). They all do the equality steps first, then turns in an order shuffled
-every round; who has nothing left to tell sits out. Exit code 1 if losses differ somewhere; a target that is missed is a row of
+Each candidate is a process of its own (nursery.py). They all do a first step, then turns in an order shuffled every round;
+who has nothing left to tell sits out. Exit code 1 if losses differ somewhere; a target that is missed is a row of
 the table, not a failure.
 """
 
@@ -57,7 +57,7 @@ class Suite:
         if whose not in self.nurseries:
             python = sys.executable if kind == "ours" else str(peers.PYTHON)
             with open(Path(self.scratch.name) / f"{whose}.log", "a") as log:
-                self.nurseries[whose] = Nursery(python, None if self.cuda else f"benchmarks.candidates.{whose}", log, CALM | peers.COMPILED)
+                self.nurseries[whose] = Nursery(python, None if self.cuda and not self.toy else f"benchmarks.candidates.{whose}", log, CALM | peers.COMPILED)
         return self.nurseries[whose]
 
     def told(self, *words: str, theirs: bool = False) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Suite:
 
     def rows(self, name: str, case: Case) -> Path:
         folder = Path(self.scratch.name) / f"rows-{name}"
-        count = case.micro_batch * (case.equality_steps + case.rounds * case.steps)
+        count = case.micro_batch * (1 + case.rounds * case.steps)
         if case.rows == "even":
             rows = even_rows(count, case.length, case.shape.vocab)
         elif case.rows == "lognormal":
@@ -156,7 +156,7 @@ class Suite:
     # -- turns --------------------------------------------------------------------------------------------------
 
     def measure(self, case: Case, candidates: dict[str, Candidate], model: Path, rows: Path, record: dict[str, Any]) -> dict[str, Timed]:
-        """Equality steps, then rounds. A candidate that breaks is absent with its own message; ours makes the case fail."""
+        """A first step, then rounds; the losses of the equality steps are those of the first of all. A candidate that breaks is absent with its own message; ours makes the case fail."""
         timed: dict[str, Timed] = {}
         processes: dict[str, Process] = {}
 
@@ -173,11 +173,9 @@ class Suite:
             for label in candidates:
                 try:
                     timed[label] = Timed(before_first_step=processes[label].hear().get("before_first_step"))
-                    for number in range(case.equality_steps):
-                        answer = processes[label].steps(1)
-                        timed[label].losses += answer["losses"]
-                        if number == 0:
-                            timed[label].first_seconds = answer["cpu"]
+                    answer = processes[label].steps(1)
+                    timed[label].losses += answer["losses"]
+                    timed[label].first_seconds = answer["cpu"]
                 except Fault as fault:
                     broke(label, fault)
             chance = random.Random(0)
@@ -190,6 +188,7 @@ class Suite:
                         broke(label, fault)
                         continue
                     one = timed[label]
+                    one.losses = (one.losses + answer["losses"])[: case.equality_steps]
                     one.seconds.append(answer["cpu"])
                     one.wall.append(answer["wall"])
                     one.tokens.append(answer["tokens"] or case.micro_batch * case.length * case.steps)
@@ -219,16 +218,16 @@ class Suite:
             process.end()
 
     def first_step(self) -> dict[str, list[float]]:
-        """CPU seconds of ours and PEFT's from a bare interpreter: before the first step, of it, and of three more."""
+        """CPU seconds from a bare interpreter of ours before the first step, of it, and of three more; of PEFT's the first two."""
         case = CPU["C1"].toy() if self.toy else CPU["C1"]
         rows, model, found = self.rows("C14", replace(case, rounds=3)), self.model(case), {}
-        for label in ("ours", "peft"):
+        for label, steps in (("ours", 4), ("peft", 1)):
             python = sys.executable if label == "ours" else str(peers.PYTHON)
             words = [python, "-m", *self.words(case.candidates[label], case, model, rows)]
             process = Process(words, Path(self.scratch.name) / "first.log")
             try:
                 before = process.hear()["before_first_step"]
-                found[label] = [before, *(process.steps(1)["cpu"] for _ in range(4))]
+                found[label] = [before, *(process.steps(1)["cpu"] for _ in range(steps))]
             finally:
                 process.end()
         return found

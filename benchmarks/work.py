@@ -63,7 +63,9 @@ def make_model(folder: Path, shape: Shape, dtype: str, device: str = "cpu", *, d
     draws: a model of 70 B is never written, nor whole anywhere before it is quantised."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inter, num_hidden_layers=shape.layers,
