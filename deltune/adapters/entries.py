@@ -121,11 +121,10 @@ class Entries(nn.Module):
         if self.by_entry(x):
             y = Product.apply(x.reshape(-1, self.n_in), values.to(x.dtype), self.layout())
             return y.reshape(*x.shape[:-1], self.n_out)
-        values = values.to(x.dtype)
         if x.device.type == "cpu" or values.numel() > FEW * (self.n_out + self.n_in):
-            return nn.functional.linear(x, self.dense(values))
+            return DenseProduct.apply(x, values, self)
         rows, columns = self.places.long()
-        picked = x.index_select(-1, columns) * values
+        picked = x.index_select(-1, columns) * values.to(x.dtype)
         return x.new_zeros(*x.shape[:-1], self.n_out).index_add(-1, rows, picked)
 
     def by_entry(self, x: Tensor) -> bool:
@@ -144,6 +143,13 @@ class Entries(nn.Module):
         thin matrices, A [r, in] and B [out, r], B A x is added."""
         A, B = (None, None) if pair is None else (factor.to(x.dtype) for factor in pair)
         return PlusEntries.apply(x, W, None if b is None else b.to(x.dtype), values, A, B, self)
+
+    def outer(self, g: Tensor, x: Tensor) -> Tensor:
+        """The entries of gᵀx [n], the gradient of the values. The product is the faster with its narrower side on the left."""
+        if self.n_out <= self.n_in:
+            return dense.outer(g, x).view(-1).take(self.flat())
+        across = self.found("across", lambda: self.places[1].long() * self.n_out + self.places[0])
+        return dense.outer(x, g).view(-1).take(across)
 
     def layout(self) -> Layout:
         """The places sorted by row and by column."""
@@ -222,6 +228,27 @@ class Product(torch.autograd.Function):
         return to_x, to_values, None
 
 
+class DenseProduct(torch.autograd.Function):
+    """y = x Sᵀ for x [..., in] by a product with the whole matrix, which is formed for it each time and kept nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.entries = entries
+        return nn.functional.linear(x, _alone(values, entries, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        to_x = to_values = None
+        if ctx.needs_input_grad[0]:  # under autocast the gradient's type is the shorter one
+            to_x = (gradient @ _alone(values, entries, gradient.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            to_values = entries.outer(gradient, x.to(gradient.dtype)).to(values.dtype)
+        return to_x, to_values, None
+
+
 class PlusEntries(torch.autograd.Function):
     """As dense.plus, with a change that is its values at some places: nothing but these is kept of it, and in float32 on a
     CPU no gradient but theirs is formed."""
@@ -230,15 +257,13 @@ class PlusEntries(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, A: Tensor | None, B: Tensor | None, entries: Entries,
     ) -> Tensor:
-        rows, flat = x.reshape(-1, entries.n_in), entries.flat()
-        z = None if A is None else rows @ A.T
+        z = None if A is None else x.reshape(-1, entries.n_in) @ A.T
         ctx.save_for_backward(x, W, values, A, B, z)
         ctx.entries = entries
         if dense.is_short(x.dtype):
-            alone = scratch("entries alone", x, x.dtype, *W.shape).zero_()
-            y = dense.joined(x, W, b, _added(alone, values, flat))
+            y = dense.joined(x, W, b, _alone(values, entries, x.dtype))
         else:
-            y = nn.functional.linear(x, _summed(W, values, flat), b)
+            y = nn.functional.linear(x, _summed(W, values, entries.flat()), b)
         if z is not None:
             y.view(-1, entries.n_out).addmm_(z, B.T)
         return y
@@ -259,7 +284,7 @@ class PlusEntries(torch.autograd.Function):
         if ctx.needs_input_grad[3] and entries.by_entry(x):
             to_values = _sampled(g.T.contiguous(), rows, values.to(x.dtype), entries.layout()).to(values.dtype)
         elif ctx.needs_input_grad[3]:
-            to_values = dense.outer(g, rows).view(-1).take(entries.flat()).to(values.dtype)
+            to_values = entries.outer(g, rows).to(values.dtype)
         return None if to_x is None else to_x.view(x.shape), None, None, to_values, to_A, to_B, None
 
 
@@ -267,6 +292,11 @@ def _summed(W: Tensor, values: Tensor, flat: Tensor) -> Tensor:
     """W with the values added at their places, for use at once."""
     # values that exist anyway are written on
     return _added(dequantised(W) if is_quantised(W) else copied("entries added", W), values, flat)
+
+
+def _alone(values: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
+    """The matrix in this type, for use at once."""
+    return _added(scratch("entries alone", values, dtype, entries.n_out, entries.n_in).zero_(), values, entries.flat())
 
 
 def _added(whole: Tensor, values: Tensor, flat: Tensor) -> Tensor:
