@@ -22,7 +22,7 @@ from benchmarks import machine, work
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- prediction: written by benchmarks.prediction -->", "<!-- prediction: end -->"
-STEPS = 8
+STEPS = 16
 WITHIN = 0.10
 SHAPES = {
     "2M": work.Shape(hidden=192, layers=4, inter=512, vocab=4096, heads=6, kv_heads=6, positions=1024),

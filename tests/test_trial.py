@@ -57,8 +57,8 @@ def measured(stated, *, seconds, **changes):
 
 
 @pytest.mark.parametrize(("whole", "recompute", "seconds", "depths"), [
-    (24, "none", 5.0, (24,)), (24, "none", 17.0, (1, 8)), (24, "none", 30.0, (1, 4)), (24, "full", 700.0, (1, 2)),
-    (24, "selective", 200.0, (2, 4)), (2, "none", 50.0, (2,)), (6, "none", 7.0, (1, 4)),
+    (24, "none", 18.0, (24,)), (24, "none", 57.0, (1, 8)), (24, "none", 100.0, (1, 4)), (24, "full", 700.0, (1, 2)),
+    (24, "selective", 200.0, (2, 4)), (2, "none", 50.0, (2,)), (6, "none", 25.0, (1, 4)),
 ])  # fmt: skip
 def test_a_model_is_tried_whole_where_that_is_quick_else_at_two_depths(whole, recompute, seconds, depths):
     assert trial.depths_for(whole, recompute, seconds) == depths
@@ -82,7 +82,7 @@ def test_values_go_on_in_a_straight_line_and_outliers_do_not_count():
 
 def test_two_depths_are_tried_without_a_weight_file_or_a_folder(stated, tmp_path, here, monkeypatch):
     refuse_weight_files(monkeypatch)
-    found = measured(stated | {"model.start": "pretrained"}, seconds=1.0)
+    found = measured(stated | {"model.start": "pretrained"}, seconds=2.0)
     assert found.depths == (1, 4) and [one.depth for one in here] == [1, 4] and found.whole == 6
     assert found.step > 0 and not (tmp_path / "runs").exists()
     if sys.platform == "linux":
@@ -110,7 +110,7 @@ def test_a_step_has_as_many_micro_batches_as_the_run_has(stated, here, monkeypat
 def test_blocks_that_differ_do_not_tell_of_the_rest_but_a_small_model_is_tried_whole(stated, here):
     some = {"adapter.targets": r".*layers\.[0-2]\..*q_proj"}
     with pytest.raises(trial.CannotTry, match="not all alike"):
-        measured(stated, seconds=1.0, **some)
+        measured(stated, seconds=2.0, **some)
     assert measured(stated, seconds=0.01, **some).depths == (6,)
 
 
@@ -126,7 +126,7 @@ def test_a_fault_in_the_process_is_a_reason(monkeypatch, stated):
 def planned(stated):
     run = run_from(stated)
     found = plan.make(run)
-    object.__setattr__(found, "trial", trial.Trial(0.5, 4e8, (6,), 6, 1.0))
+    object.__setattr__(found, "trial", trial.Trial(0.5, 4e8, (6,), 6, 1.0, 7))
     foretold.write(run, found)
 
 

@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from deltune.engines.engine import Engine
 from deltune.errors import DeltuneError
 from deltune.log import logger
 from deltune.models.cost import flops_per_token
+from deltune.models.filler import rounded
 from deltune.models.recompute import apply, blocks_of
 from deltune.training import randomness
 from deltune.training.callbacks import Callback, RunInfo, StepRecord
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from deltune.settings import Run
 
 LOOKED_AT = 200  # of the run's first steps, among which those to try are chosen
-TIMED = 7  # steps at each depth, after one that makes kernels and the optimizer's state, and before the largest there is
-STEPS = TIMED + 2
+TIMED = 5  # steps that are timed at each depth, and where their shapes are new ones made a first time before
 MOST_AT_ONCE = 4  # micro-batches of a tried step
-SECONDS, TOO_LONG = 6.0, 60.0  # of the steps at the deeper depth, by the roofline: what is aimed at, and what is not begun
+REMEMBERED = 20  # shapes of micro-batches whose kernels an engine keeps, about (KERNELS_KEPT)
+SECONDS, TOO_LONG = 20.0, 60.0  # of the steps at the deeper depth, by the roofline: what is aimed at, and what is not begun
 DEEPEST = 8  # blocks of a part
 SHARE = 0.7  # of the free memory that a trial may take
 
@@ -60,12 +61,13 @@ class Trial:
     depths: tuple[int, ...]  # in blocks
     whole: int
     took: float  # seconds of the trial itself
+    steps: int  # at each depth
 
     def told(self) -> str:
         """From what."""
         depths = " and ".join(str(depth) for depth in self.depths)
         tried = "the whole model" if self.depths == (self.whole,) else f"{depths} of {self.whole} blocks"
-        return f"{tried} with random weights, {STEPS} steps each, tried just now in {self.took:.0f} s"
+        return f"{tried} with random weights, {self.steps} steps each, tried just now in {self.took:.0f} s"
 
 
 def measure(
@@ -81,7 +83,8 @@ def measure(
     whole = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if not whole:
         raise CannotTry(f"{type(model).__name__} does not say how many blocks it has")
-    depths = depths_for(whole, recompute, seconds * STEPS * min(1.0, MOST_AT_ONCE / run.train.accumulate))
+    steps = TIMED + 2 if found.lengths.min() == found.lengths.max() else 2 * TIMED + 2
+    depths = depths_for(whole, recompute, seconds * steps * min(1.0, MOST_AT_ONCE / run.train.accumulate))
     if depths != (whole,):
         check_alike(model, whole)
     if need * (depths[-1] + 1) / (whole + 1) > SHARE * free:
@@ -91,7 +94,7 @@ def measure(
     if all(one.counted for one in tried):
         stored = stored_bytes(model) - tried[-1].stored
         peak = tried[-1].start + stored + continued(depths, [one.peak - one.start for one in tried], whole)
-    return Trial(continued(depths, [one.step for one in tried], whole), peak, depths, whole, time.perf_counter() - began)
+    return Trial(continued(depths, [one.step for one in tried], whole), peak, depths, whole, time.perf_counter() - began, tried[-1].steps)
 
 
 # -- which depths -----------------------------------------------------------------------------------------------
@@ -130,10 +133,16 @@ def continued(depths: Sequence[int], values: Sequence[float], whole: int) -> flo
 
 
 def at(works: Sequence[float], values: Sequence[float], work: float) -> float:
-    """A value at some work, by the line whose slope and height are medians, so that single outliers do not count."""
+    """A value at some work, by a line whose slope is a median, and its height a mean without the extremes, so that single
+    outliers do not count."""
     slopes = [(b - a) / (y - x) for (x, a), (y, b) in combinations(zip(works, values, strict=True), 2) if x != y]
     slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
-    return statistics.median(value + slope * (work - x) for x, value in zip(works, values, strict=True))
+    return middle([value + slope * (work - x) for x, value in zip(works, values, strict=True)])
+
+
+def middle(values: Sequence[float]) -> float:
+    """Their mean without the least and the largest."""
+    return statistics.fmean(sorted(values)[1:-1] if len(values) > 2 else values)
 
 
 # -- one depth --------------------------------------------------------------------------------------------------
@@ -158,8 +167,9 @@ class Tried:
     step: float  # seconds of a mean step of the run
     counted: bool  # whether the system counts resident bytes anew
     start: int  # resident bytes before the first step
-    peak: int  # the most of them until the last one's end
+    peak: float  # the most of them in the run's steps
     stored: int  # of them parameters and buffers
+    steps: int  # that were tried
 
 
 def _in_a_process(asked: _Asked) -> Tried:
@@ -199,7 +209,7 @@ class _Rehearsal(Session):
 
     def __init__(self, asked: _Asked):
         run = asked.run
-        run = replace(run, log=replace(run.log, every=1), train=replace(run.train, nonfinite="skip", max_nonfinite=STEPS + 1))
+        run = replace(run, log=replace(run.log, every=1), train=replace(run.train, nonfinite="skip", max_nonfinite=2 * TIMED + 3))
         super().__init__(run, Engine(run.engine), None, None, None)
         self.recompute = asked.recompute
         self.sampled, self.total, self.clock = asked.sampled, asked.num_steps, getattr(time, asked.clock)
@@ -219,11 +229,18 @@ class _Rehearsal(Session):
         counted, start = resident.restart_peak(), resident.now()
         self.watch.begin()
         loop.run()
-        peak, chosen = self.engine.peak_memory_bytes(), self.chosen
-        works = [sum(chosen.work(batch, self.model) for batch in batches) for batches in chosen.steps[1:-1]]
-        seconds, updates = self.watch.seconds[1:-1], self.watch.updates[1:-1]
-        computing = at(works, [whole - update for whole, update in zip(seconds, updates, strict=True)], chosen.mean_work(self.model))
-        return Tried(computing * chosen.share + statistics.median(updates), counted and self.engine.device.type == "cpu", start, peak, stored_bytes(self.model))
+        chosen, seconds, updates = self.chosen, self.watch.seconds, self.watch.updates
+        # a step is what it takes with kernels that are there, and what making them adds where they are not
+        computing = [whole - update for whole, update in zip(seconds, updates, strict=True)]
+        known = computing[-1 - TIMED : -1]
+        step = at([chosen.work(i, self.model) for i in chosen.timed], known, chosen.mean_work(self.model))
+        if chosen.first:
+            kept = dict(zip(chosen.timed, known, strict=True))
+            added = middle([(made - kept[i]) / number for made, (i, number) in zip(computing[1:], chosen.first.items(), strict=False)])
+            step += max(0.0, added) * chosen.at_once * chosen.share_of_new()
+        peak = self.engine.peak_memory_bytes() + self.watch.growth(chosen.first) * chosen.num_unmet
+        counted = counted and self.engine.device.type == "cpu"
+        return Tried(step * chosen.share + statistics.median(updates[1:]), counted, start, peak, stored_bytes(self.model), len(chosen.steps))
 
     def load_data(self) -> None:
         from deltune.commands.survey import SAMPLE_ROWS
@@ -238,7 +255,7 @@ class _Rehearsal(Session):
         self.data = SimpleNamespace(train=data, evaluation=None)
 
     def loader(self) -> _Chosen:
-        self.chosen = _Chosen(super().loader(), self.total)
+        self.chosen = _Chosen(super().loader(), self.total, rounds=self.fast)
         return self.chosen
 
     def saver(self) -> None:
@@ -249,12 +266,13 @@ class _Rehearsal(Session):
 
 
 class _Watch(Callback):
-    """Seconds of every step, and of its optimizer's update."""
+    """Seconds of every step, and of its optimizer's update; bytes after it."""
 
     def __init__(self, clock: Callable[[], float]):
         self.clock = clock
         self.seconds: list[float] = []
         self.updates: list[float] = []
+        self.resident: list[int] = []
 
     def follow(self, optimizer: Any) -> None:
         optimizer.register_step_pre_hook(lambda *_: setattr(self, "asked", self.clock()))
@@ -267,40 +285,79 @@ class _Watch(Callback):
         now = self.clock()
         self.seconds.append(now - self.last)
         self.updates.append(self.update)
+        self.resident.append(resident.now())
         self.begin()
+
+    def growth(self, first: Mapping[int, int]) -> float:
+        """Bytes by which the process grew for each new shape of the steps after the first one."""
+        return max(0, self.resident[len(first)] - self.resident[0]) / sum(first.values()) if first else 0.0
 
 
 class _Chosen:
-    """Stands in a loader's place: the steps to try, from the run's first ones. The timed ones stand for equal parts of all."""
+    """Stands in a loader's place: the steps to try, from the run's first ones. The timed ones stand for equal parts of all.
 
-    def __init__(self, loader: Any, num_steps: int):
+    The largest comes first, which makes the heap as wide as it gets; then those with shapes that have not been met, which
+    makes their kernels; then all that are timed; and the largest again, since the heap has holes by then, as in a run.
+    """
+
+    def __init__(self, loader: Any, num_steps: int, *, rounds: bool):
         self.total = num_steps
-        self.all = [[_Shape.of(batch) for batch in loader.step(i)] for i in range(min(num_steps, LOOKED_AT))]
-        self.all = [shapes for shapes in self.all if shapes]
-        order = sorted(range(len(self.all)), key=lambda i: max(shape.size for shape in self.all[i]))
-        spread = [order[int((2 * i + 1) * len(order) / (2 * TIMED))] for i in (3, 0, 5, 2, 6, 4, 1)]
-        # the largest comes last: the heap has holes by then, as in a run
-        self.steps = [loader.step(i)[:MOST_AT_ONCE] for i in (order[len(order) // 3], *spread)] + [self.largest_first(loader.step(order[-1]))]
+        self.all = [[_Shape.of(batch, rounds) for batch in loader.step(i)] for i in range(min(num_steps, LOOKED_AT))]
+        order = sorted((i for i, shapes in enumerate(self.all) if shapes), key=lambda i: max(shape.size for shape in self.all[i]))
+        self.timed = [order[int((2 * i + 1) * len(order) / (2 * TIMED))] for i in (2, 0, 4, 1, 3)]  # places in `all`
+        largest = sorted(loader.step(order[-1]), key=lambda batch: -batch.input_ids.numel())[:MOST_AT_ONCE]
+        self.met = {_Shape.of(batch, rounds).kernels for batch in largest}
+        self.first: dict[int, int] = {}  # {place: its shapes that had not been met}
+        for i in self.timed:
+            if new := {shape.kernels for shape in self.tried(i)} - self.met:
+                self.first[i] = len(new)
+                self.met |= new
+        self.steps = [largest, *(loader.step(i)[:MOST_AT_ONCE] for i in (*self.first, *self.timed)), largest]
 
-    @staticmethod
-    def largest_first(batches: list[Batch]) -> list[Batch]:
-        return sorted(batches, key=lambda batch: -batch.input_ids.numel())[:MOST_AT_ONCE]
+    def tried(self, i: int) -> list[_Shape]:
+        return self.all[i][:MOST_AT_ONCE]
+
+    def work(self, i: int, model: nn.Module) -> float:
+        """FLOPs of a tried step."""
+        return sum(shape.work(model) for shape in self.tried(i))
+
+    @property
+    def at_once(self) -> float:
+        return statistics.fmean(len(self.tried(i)) for i in self.timed)
 
     @property
     def share(self) -> float:
         """Micro-batches of a mean step, for one of those that are tried."""
-        return statistics.fmean(len(shapes) for shapes in self.all) / self.at_once
+        return statistics.fmean(map(len, self.compared)) / self.at_once
 
     @property
-    def at_once(self) -> float:
-        return statistics.fmean(len(batches) for batches in self.steps[1:-1])
+    def compared(self) -> list[list[_Shape]]:
+        """The steps whose mean is told: a run compares all but its first."""
+        return self.all[1:] or self.all
 
     def mean_work(self, model: nn.Module) -> float:
         """FLOPs of as many mean micro-batches as a tried step has."""
-        return self.at_once * statistics.fmean(shape.work(model) for shapes in self.all for shape in shapes)
+        return self.at_once * statistics.fmean(shape.work(model) for shapes in self.compared for shape in shapes)
 
-    def work(self, batch: Batch, model: nn.Module) -> float:
-        return _Shape.of(batch).work(model)
+    def share_of_new(self) -> float:
+        """Of the run's micro-batches those whose kernels have to be made. Steps that were not looked at are as the later half of those that were."""
+        kept: dict[Any, None] = {}
+        new = []
+        for shapes in self.all:
+            new.append([shape.kernels not in kept for shape in shapes])
+            for shape in shapes:
+                kept.pop(shape.kernels, None)
+                kept[shape.kernels] = None
+            while len(kept) > REMEMBERED:
+                del kept[next(iter(kept))]
+        looked, later = (list(chain.from_iterable(steps)) or [False] for steps in (new[1:], new[len(new) // 2 :]))
+        rest = (self.total - len(new)) / self.total
+        return (1 - rest) * statistics.fmean(looked) + rest * statistics.fmean(later)
+
+    @property
+    def num_unmet(self) -> int:
+        """Shapes whose kernels the run will hold besides those of the tried steps."""
+        return max(0, min(REMEMBERED, len({shape.kernels for shapes in self.all for shape in shapes})) - len(self.met))
 
     # -- as the loop asks a loader ------------------------------------------------------------------------------
 
@@ -321,15 +378,18 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Lengths of the rows, or of the documents of a packed one."""
+    """Lengths of the rows, or of the documents of a packed one; and what kernels are made for."""
 
     lengths: tuple[int, ...]
+    kernels: tuple[int, ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> _Shape:
+    def of(cls, batch: Batch, rounds: bool) -> _Shape:
         if batch.segments is not None:
-            return cls(tuple(b - a for a, b in pairwise(batch.segments)))
-        return cls((batch.input_ids.shape[1],) * len(batch.input_ids))
+            tokens = batch.segments[-1]
+            return cls(tuple(b - a for a, b in pairwise(batch.segments)), (rounded(tokens) if rounds else tokens,))
+        lengths = (batch.input_ids.shape[1],) * len(batch.input_ids)
+        return cls(lengths, lengths)
 
     @property
     def size(self) -> int:
