@@ -126,6 +126,13 @@ def skew(values: Tensor, size: int) -> Tensor:
     return upper - upper.mT
 
 
+@functools.cache
+def _places(n: int, size: int, i: int, segment: int, device: torch.device) -> Tensor:
+    """Where the entries of a butterfly factor's blocks [n / size, size, size] lie in a matrix [segment, n], flat."""
+    inputs = torch.arange(n, device=device).view(-1, 2, 2**i, size // 2).transpose(1, 2).reshape(-1, size) if i else torch.arange(n, device=device).view(-1, size)
+    return ((inputs % segment).unsqueeze(2) * n + inputs.unsqueeze(1)).flatten()
+
+
 def full_precision(tensor: Tensor) -> torch.autocast:
     """What is small and exact stays out of autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -431,12 +438,17 @@ class Boft(Blocks):
             for i, D in order:
                 x = self.factor(x, D, i)
             return x
-        eye = torch.eye(segment, dtype=factors[0].dtype, device=x.device).repeat(1, self.site.n_in // segment)
-        whole = eye  # [segment, in]: row j is what becomes of the j-th input of each segment
-        with full_precision(whole):
+        whole = None  # less I, [segment, in]: row j is what becomes of the j-th input of each segment
+        with full_precision(x):
             for i, D in order:
-                whole = self.factor(whole, D, i)
-        return turn_blocks(x, (whole - eye).view(segment, -1, segment).transpose(0, 1))
+                alone = self.alone(D, i, segment)
+                whole = alone if whole is None else self.factor(whole, D, i) + alone
+        return turn_blocks(x, whole.view(segment, -1, segment).transpose(0, 1))
+
+    def alone(self, D: Tensor, i: int, segment: int) -> Tensor:
+        """A factor less I, as `through` has their product."""
+        places = _places(self.site.n_in, self.size, i, segment, D.device)
+        return D.new_zeros(segment * self.site.n_in).index_copy(0, places, D.flatten()).view(segment, -1)
 
     def strength(self) -> Tensor | None:
         return self.boft_s.squeeze(1)
