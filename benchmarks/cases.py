@@ -123,8 +123,8 @@ CPU: dict[str, Case] = {
          "peft, upper half": Candidate("peft", {"adapter": "half"}, equal_to=None)},
         (speed(PEFT, 1.6),), rounds=5,
     ),
-    "rank-64": Case("rank 64", {OURS: MINE, PEFT: THEIRS}, rank=64, rounds=3),
-    "rank-256": Case("rank 256", {OURS: MINE, PEFT: THEIRS}, rank=256, rounds=3),
+    "rank-64": Case("rank 64", {OURS: MINE, PEFT: THEIRS}, rank=64, rounds=2),
+    "rank-256": Case("rank 256", {OURS: MINE, PEFT: THEIRS}, rank=256, rounds=2),
 }  # fmt: skip
 
 # run by parts.py: no training step against a peer

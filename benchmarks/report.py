@@ -105,7 +105,8 @@ def markdown(result: dict[str, Any]) -> str:
     found = slopes(result["cases"])
     if found:
         lines += ["", "Transient MB per token: " + ", ".join(f"{label} {value:.3f}" for label, value in found.items()) + "."]
-    lines += ["", "Not there: " + "; ".join(f"{name} ({why})" for name, why in result["not_there"].items()) + "."]
+    if result["not_there"]:
+        lines += ["", "Not there: " + "; ".join(f"{name} ({why})" for name, why in result["not_there"].items()) + "."]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import report
+from benchmarks import parts, report
 from benchmarks.cases import CPU, GPU, PARTS
 from benchmarks.measure import Candidate, Target, Timed, ratio, slope, still_open, unequal, verdict
 from benchmarks.suite import chosen
@@ -86,6 +86,22 @@ def test_losses_that_are_missing_or_not_numbers_are_unequal(losses):
 
 def test_other_work_is_not_held_to_the_same_loss():
     assert not unequal({**PAIR, "ours": Candidate("ours", equal_to=None)}, {"ours": [9.0], "peft": [1.0]}, "float32")
+
+
+def test_a_part_whose_results_differ_is_not_timed():
+    with pytest.raises(ValueError, match="not bitsandbytes'"):
+        parts.values_rows(lambda *_, **__: {"same": False, "ratio": 7.0}, toy=False)
+    method = {"time": 1.0, "peft_time": 0.7, "rounds": 2, "losses": [1.0, 2.0], "same": False}
+    with pytest.raises(ValueError, match="dora"):
+        parts.methods_rows(lambda *_: {"lora": method | {"same": True}, "dora": method}, 2, toy=False)
+
+
+def test_a_part_names_its_worst_method():
+    measured = {"lora": {"time": 1.0, "peft_time": 0.7, "same": True}, "boft": {"time": 1.6, "same": True}, "oft": {"time": 1.2, "peft_time": 1.1, "same": True}}
+    rows, _ = parts.methods_rows(lambda *_: measured, 2, toy=False)
+    assert [(row["what"], row["measured"], row["met"]) for row in rows] == [
+        ("time, median over methods", 1.2, False), ("time, slowest method (boft)", 1.6, False), ("time, worst against PEFT's own (oft)", 1.1, False),
+    ]  # fmt: skip
 
 
 def test_slope_is_that_of_the_line():
