@@ -60,6 +60,19 @@ def test_mora_rotates_each_chunk_by_its_place(n_in, n_out, rank, side):
     check_matrix(model, delta, expected, n_in, n_out)
 
 
+@pytest.mark.parametrize("method", ["mora", "mora_sharing"])
+@pytest.mark.parametrize(("n_in", "n_out", "rank"), [(24, 24, 2), (20, 47, 1), (47, 20, 1), (30, 9, 1), (9, 40, 1), (16, 16, 2)])
+def test_many_tokens_are_answered_as_one_by_one(method, n_in, n_out, rank):
+    """Where M has fewer rows than x another way is taken."""
+    model, delta = adapted(method, n_in, n_out, rank=rank)
+    x = torch.randn(3, 9, n_in, dtype=torch.float64, requires_grad=True)
+    assert delta.goes_in_one(x) and not delta.goes_in_one(x[:1, :1])
+    found = []
+    for answer in (model(x), torch.stack([model(token) for token in x.reshape(-1, 1, n_in)]).view(3, 9, n_out)):
+        found.append([answer, *torch.autograd.grad(answer.sin().sum(), [x, delta.mora])])
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-12) for one, other in zip(*found, strict=True))
+
+
 # ---------------------------------------------------------------- MiSS
 
 

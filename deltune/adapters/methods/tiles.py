@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters import draw
 from deltune.adapters.config import AdapterConfig
-from deltune.adapters.delta import Delta, PeftFormat
+from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.adapters.fit import must_divide
 from deltune.adapters.ranked import check_patterns, rank_at, value_for
 from deltune.config.fields import option
@@ -115,26 +116,136 @@ class Mora(Delta):
     def reset(self, generator: torch.Generator) -> None:
         self.mora.zero_()
 
-    def rotated(self, chunks: Tensor) -> Tensor:
+    def rotated(self, chunks: Tensor, *, back: bool = False) -> Tensor:
         """Chunk c [..., c, r̂] turned by the angles c·10000^(−2i/r̂), entry i with entry i + r̂/2."""
         wide = torch.promote_types(chunks.dtype, torch.float32)
         count, half = chunks.shape[-2], self.side // 2
         frequencies = self.BASE ** (-torch.arange(half, dtype=wide, device=chunks.device) / half)
         angles = torch.arange(count, dtype=wide, device=chunks.device).unsqueeze(1) * frequencies  # [c, r̂/2]
         cos, sin = angles.cos().to(chunks.dtype), angles.sin().to(chunks.dtype)
+        sin = -sin if back else sin
         one, two = chunks.split(half, dim=-1)
         return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        count = -(-self.site.n_in // self.side)
-        chunks = cyclic(x, count * self.side).unflatten(-1, (count, self.side))
+        side, n_in, n_out = self.side, self.site.n_in, self.site.n_out
+        count = -(-n_in // side)
         if self.config.form == "sharing":
-            return cyclic(F.linear(chunks.sum(-2), self.mora.to(x.dtype)), self.site.n_out)
-        return cyclic(F.linear(self.rotated(chunks), self.mora.to(x.dtype)).flatten(-2), self.site.n_out)
+            chunks = cyclic(x, count * side).unflatten(-1, (count, side))
+            return cyclic(F.linear(chunks.sum(-2), self.mora.to(x.dtype)), n_out)
+        chunks = cyclic(x, count * side).unflatten(-1, (count, side))
+        return cyclic(F.linear(self.rotated(chunks), self.mora.to(x.dtype)).flatten(-2), n_out)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return self.site.n_in * self.side <= x.numel() and self.side <= min(self.site.n_in, self.site.n_out)
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        """With as many tokens as M has rows M is turned, and not x."""
+        W, b, M = base.stored(), base.bias(), self.mora
+        b = None if b is None else b.to(x.dtype)
+        if self.config.form == "sharing":
+            return Sharing.apply(x, W, b, M.to(x.dtype))
+        count = min(-(-self.site.n_in // self.side), -(-self.site.n_out // self.side))  # the answers of others are cut off
+        turned = self.rotated(M.unsqueeze(1).expand(-1, count, -1), back=True).transpose(0, 1)
+        return Chunked.apply(x, W, b, turned.to(x.dtype))
 
     def delta(self, W: Tensor | None) -> Tensor:
         # linear in x, so the matrix is what it makes of the unit vectors
         return self.out(torch.eye(self.site.n_in, dtype=self.mora.dtype, device=self.mora.device), None).T
+
+
+class Sharing(torch.autograd.Function):
+    """W x + b + M times the sum of x's chunks, repeated. What is kept of x [..., in] is that sum [tokens, r̂]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, M: Tensor) -> Tensor:
+        y, flat, side = F.linear(x, W, b), x.reshape(-1, x.shape[-1]), len(M)
+        summed = folded(flat, side)
+        if missing := -flat.shape[1] % side:
+            summed[:, -missing:] += flat[:, :missing]
+        spread(y.view(-1, y.shape[-1]), summed @ M.T)
+        ctx.save_for_backward(summed, W, M)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        summed, W, M = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        by_product, dx = folded(flat, len(M)), None
+        if ctx.needs_input_grad[0]:
+            dx, by_sum = flat @ W, by_product @ M
+            spread(dx, by_sum)
+            if missing := -dx.shape[1] % len(M):
+                dx[:, :missing] += by_sum[:, -missing:]
+            dx = dx.view(*g.shape[:-1], -1)
+        return dx, None, None, by_product.T @ summed if ctx.needs_input_grad[3] else None
+
+
+class Chunked(torch.autograd.Function):
+    """W x + b + what M [c, r̂, r̂] makes of as many chunks of x [..., in], side by side, cut off or repeated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, M: Tensor) -> Tensor:
+        y, flat, (count, side, _) = F.linear(x, W, b), x.reshape(-1, x.shape[-1]), M.shape
+        z, whole = flat.new_empty(len(flat), count * side), min(count, flat.shape[1] // side)
+        torch.bmm(windows(flat, whole, side), M[:whole].mT, out=windows(z, whole, side))
+        if whole < count:
+            torch.mm(cyclic_end(flat, side), M[-1].T, out=z[:, -side:])
+        spread(y.view(-1, y.shape[-1]), z)
+        ctx.save_for_backward(x, W, M)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, M = ctx.saved_tensors
+        (count, side, _), n_in = M.shape, x.shape[-1]
+        flat, x, whole = g.reshape(-1, g.shape[-1]), x.reshape(-1, n_in), min(count, n_in // side)
+        dz, dx, dM = folded(flat, count * side), None, None
+        if ctx.needs_input_grad[0]:
+            dx = flat @ W
+            parts = windows(dx, whole, side)
+            torch.baddbmm(parts, windows(dz, whole, side), M[:whole], out=parts)
+            if whole < count:
+                own, by_end = n_in - whole * side, dz[:, -side:] @ M[-1]
+                dx[:, whole * side :] += by_end[:, :own]
+                dx[:, : side - own] += by_end[:, own:]
+            dx = dx.view(*g.shape[:-1], n_in)
+        if ctx.needs_input_grad[3]:
+            dM = torch.empty_like(M, memory_format=torch.contiguous_format)
+            torch.bmm(windows(dz, whole, side).mT, windows(x, whole, side), out=dM[:whole])
+            if whole < count:
+                torch.mm(dz[:, -side:].T, cyclic_end(x, side), out=dM[-1])
+        return dx, None, None, dM
+
+
+def windows(x: Tensor, count: int, width: int) -> Tensor:
+    """The first chunks of x [tokens, n]: [count, tokens, width], a view."""
+    return x[:, : count * width].unflatten(1, (count, width)).transpose(0, 1)
+
+
+def cyclic_end(x: Tensor, side: int) -> Tensor:
+    """What x [tokens, in] has after its whole chunks, and of its beginning what is missing to one more."""
+    whole = x.shape[1] // side * side
+    return torch.cat([x[:, whole:], x[:, : whole + side - x.shape[1]]], dim=1)
+
+
+def folded(x: Tensor, width: int) -> Tensor:
+    """The sum of x's windows [tokens, width], a fresh tensor; the last window is filled up with zeros."""
+    whole = x.shape[1] // width
+    if not whole:
+        return F.pad(x, (0, width - x.shape[1]))
+    total = windows(x, whole, width).sum(0)
+    total[:, : x.shape[1] - whole * width] += x[:, whole * width :]
+    return total
+
+
+def spread(y: Tensor, z: Tensor) -> None:
+    """z added in place to each of y's windows of its width."""
+    whole = y.shape[1] // z.shape[1]
+    windows(y, whole, z.shape[1]).add_(z)
+    y[:, whole * z.shape[1] :] += z[:, : y.shape[1] - whole * z.shape[1]]
 
 
 # ---------------------------------------------------------------- MiSS
