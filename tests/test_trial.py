@@ -9,6 +9,8 @@ import pytest
 
 import deltune
 from deltune.commands import estimate, foretold, plan, trial
+from deltune.data.dataset import Example
+from deltune.data.pack import join
 from deltune.engines import resident
 from deltune.models.cost import Speed
 from deltune.settings import run_from
@@ -107,6 +109,13 @@ def test_a_step_has_as_many_micro_batches_as_the_run_has(stated, here, monkeypat
     assert found.step == pytest.approx(9.0)
 
 
+def test_memory_grows_by_what_the_middle_ones_of_new_shapes_added():
+    watch = trial._Watch(lambda: 0.0)
+    watch.resident = [100, 110, 130, 900, 910, 911]  # one step took more for another reason: it was a large one
+    assert watch.growth({0: 1, 1: 2, 2: 1, 3: 1}) == pytest.approx(10.0)
+    assert watch.growth({}) == 0.0
+
+
 def test_blocks_that_differ_do_not_tell_of_the_rest_but_a_small_model_is_tried_whole(stated, here):
     some = {"adapter.targets": r".*layers\.[0-2]\..*q_proj"}
     with pytest.raises(trial.CannotTry, match="not all alike"):
@@ -118,6 +127,48 @@ def test_a_fault_in_the_process_is_a_reason(monkeypatch, stated):
     monkeypatch.setattr(trial, "__name__", "deltune.nowhere")
     with pytest.raises(trial.CannotTry, match=r"No module named deltune\.nowhere"):
         measured(stated, seconds=0.01)
+
+
+class Loader:
+    """Steps of packed micro-batches with so many tokens."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def step(self, i):
+        return [join([Example([3] * tokens, [3] * tokens, "row")]) for tokens in self.steps[i]]
+
+
+def chosen(*steps, total=None, rounds=True):
+    return trial._Chosen(Loader(*steps), total or len(steps), rounds=rounds)
+
+
+def test_new_shapes_are_made_before_they_are_timed_and_the_largest_comes_first_and_last():
+    found = chosen([100], [700], [200], [300], [400], [500])
+    tokens = [batches[0].num_tokens for batches in found.steps]
+    assert tokens == [700, 400, 100, 200, 500, 400, 100, 700, 200, 500, 700]
+
+
+def test_steps_of_one_shape_are_timed_only():
+    found = chosen(*[[256]] * 9)
+    assert [batches[0].num_tokens for batches in found.steps] == [256] * (trial.TIMED + 2) and not found.first
+    assert found.share_of_new() == 0.0 and found.num_unmet == 0
+
+
+def test_shapes_that_kernels_round_to_one_number_are_one():
+    assert chosen([100], [641], [650], [672]).share_of_new() == pytest.approx(1 / 3)  # after the first step
+    assert chosen([100], [641], [650], [672], rounds=False).share_of_new() == 1.0
+
+
+def test_kernels_of_shapes_met_long_ago_are_made_again():
+    lengths = [[32 * (i + 1)] for i in range(trial.REMEMBERED + 1)]
+    assert chosen(*lengths, *lengths, rounds=False).share_of_new() == 1.0
+    assert chosen(*lengths[1:], *lengths[1:], rounds=False).share_of_new() == pytest.approx(19 / 39)
+
+
+def test_steps_that_were_not_looked_at_are_as_the_later_ones_of_those_that_were():
+    lengths = [[32 * (i + 1)] for i in range(10)] * 20
+    assert chosen(*lengths, total=20_000, rounds=False).share_of_new() == pytest.approx(9 / 199 * 200 / 20_000)
 
 
 # -- a run and its plan -----------------------------------------------------------------------------------------

@@ -290,7 +290,8 @@ class _Watch(Callback):
 
     def growth(self, first: Mapping[int, int]) -> float:
         """Bytes by which the process grew for each new shape of the steps after the first one."""
-        return max(0, self.resident[len(first)] - self.resident[0]) / sum(first.values()) if first else 0.0
+        grown = [(b - a) / number for (a, b), number in zip(pairwise(self.resident), first.values(), strict=False)]
+        return max(0.0, middle(grown)) if grown else 0.0
 
 
 class _Chosen:
