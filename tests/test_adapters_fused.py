@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 
@@ -134,6 +135,13 @@ def test_every_method_in_product_form_is_fused_and_the_same(method):
     plain, fast = pair(method=method, base=torch.float64)
     names = nodes_of(fast(IDS).logits)
     assert names.count("LinearNodeBackward") == 4 and names.count("FeedForwardNodeBackward") == 2
+    check_same(plain, fast, 1e-10)
+
+
+def test_what_is_a_product_where_there_is_no_bias_is_fused_there_and_the_same():
+    bare = functools.partial(llama, attention_bias=False, mlp_bias=False)
+    plain, fast = pair(bare, "adamss", torch.float64)
+    assert nodes_of(fast(IDS).logits).count("FeedForwardNodeBackward") == 2
     check_same(plain, fast, 1e-10)
 
 

@@ -36,7 +36,7 @@ METHODS = {
         "formula": "ΔW = s·Re(ifft2(E)), E zero but for c at n random frequencies",
         "start": 1.25,
         "small": {"n_frequency": 20, "scaling": 10.0},
-        "note": "Starts as its authors have it, c normal, so it is no identity; init=zero is one. Authors: scaling 300 for Llama. A step is bound by two Fourier transforms of W's size in float32, which count for less the more tokens it has.",
+        "note": "Starts as its authors have it, c normal, so it is no identity; init=zero is one. Authors: scaling 300 for Llama. A step is bound by two Fourier transforms in float32, each of half of W's entries, which count for less the more tokens it has.",
     },
     "waveft": {
         "choices": {"delta": "waveft"},
@@ -150,34 +150,54 @@ class Parts:
 # ---------------------------------------------------------------- FourierFT
 
 
-class Cosines(torch.autograd.Function):
-    """ΔW[a, b] = Σ_k c_k cos 2π(p_k a / out + q_k b / in) for c [n] at `places` [n], each p·in + q. Keeps nothing but the places.
+@functools.lru_cache(maxsize=64)
+def folded(n_out: int, n_in: int, count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where frequencies (p, q) stand in a matrix [in/2 + 1, out] by (q, −p): the cosine of (p, q) is that of (−p, −q), so q
+    need not go beyond in/2. And how much of each: a transform of real rows counts what is between its ends twice."""
+    with torch.inference_mode(False):
+        places = permuted(n_out * n_in, count, seed)
+        p, q = places // n_in, places % n_in
+        beyond = 2 * q > n_in
+        p, q = torch.where(beyond, p, -p % n_out), torch.where(beyond, n_in - q, q)
+        shares = torch.where((q == 0) | (2 * q == n_in), 1.0, 0.5)
+        return (q * n_out + p).to(device), shares.to(device)
 
-    It is the real part of the transform of a real matrix, so half a spectrum tells all of it: what is at column b is, for
-    row a, what is at −b for −a. And the sum is the same with places and entries exchanged, which is its gradient.
+
+class Cosines(torch.autograd.Function):
+    """ΔW[a, b] = Σ_k c_k cos 2π(p_k a / out + q_k b / in) for c [n] at frequencies as `folded` gives them.
+
+    ΔW is the same at (a, b) and (−a, −b), so the rows up to out/2 tell all of it. They are two transforms of real rows, over
+    p and then over q, each of half a spectrum. The gradient goes the same way back.
     """
 
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, places: Tensor, n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
-        ctx.places, ctx.shape, ctx.dtype = places, (n_out, n_in), coefficients.dtype
+    def forward(ctx: Any, coefficients: Tensor, at: tuple[Tensor, Tensor], n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
+        ctx.at, ctx.dtype = at, coefficients.dtype
         wide = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))  # there are no transforms in shorter types
-        half = torch.fft.rfft2(wide.new_zeros(n_out * n_in).index_copy_(0, places, wide).view(n_out, n_in)).real
+        places, shares = at
+        E = wide.new_zeros((n_in // 2 + 1) * n_out).index_add_(0, places, wide * shares.to(wide.dtype))
+        rows = torch.fft.irfft(torch.fft.rfft(E.view(-1, n_out)).T, n=n_in, norm="forward")  # [out/2 + 1, in]
         change = wide.new_empty(n_out, n_in, dtype=dtype)
-        width = half.shape[1]
-        change[:, :width] = half
-        mirrored = half[:, 1 : n_in - width + 1].flip(1)
-        change[:1, width:] = mirrored[:1]
-        change[1:, width:] = mirrored[1:].flip(0)
+        upper, lower = change[: len(rows)], change[len(rows) :]
+        upper.copy_(rows)
+        mirrored = upper[1 : len(lower) + 1]
+        lower[:, :1] = mirrored[:, :1].flip(0)
+        lower[:, 1:] = mirrored[:, 1:].flip(0, 1)
         return change
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        n_out, n_in = ctx.shape
-        half = torch.fft.rfft2(gradient.to(torch.promote_types(gradient.dtype, torch.float32))).real
-        p, q = ctx.places // n_in, ctx.places % n_in
-        beyond = q >= half.shape[1]
-        p, q = torch.where(beyond, -p % n_out, p), torch.where(beyond, n_in - q, q)
-        return half[p, q].to(ctx.dtype), None, None, None, None
+        n_out = len(gradient)
+        upper, lower = gradient[: n_out // 2 + 1], gradient[n_out // 2 + 1 :]
+        # twice what is on rows that mirror themselves, for the transform counts all others twice
+        rows = upper.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        mirrored = rows[1 : len(lower) + 1]
+        mirrored[:, :1] += lower[:, :1].flip(0)
+        mirrored[:, 1:] += lower[:, 1:].flip(0, 1)
+        rows[0] *= 2
+        rows[len(lower) + 1 :] *= 2
+        spectrum = torch.fft.irfft(torch.fft.rfft(rows).T, n=n_out, norm="forward")  # [in/2 + 1, out]
+        return (spectrum.view(-1)[ctx.at[0]] / 2).to(ctx.dtype), None, None, None, None
 
 
 class Fourier(Frequency):
@@ -212,8 +232,8 @@ class Fourier(Frequency):
 
     def formed(self, dtype: torch.dtype, W: Tensor | None) -> Tensor:
         n_out, n_in = self.site.n_out, self.site.n_in
-        places = permuted(n_out * n_in, len(self.coefficients), self.config.random_loc_seed).to(self.coefficients.device)
-        return Cosines.apply(self.coefficients * (self.config.scaling / (n_out * n_in)), places, n_out, n_in, dtype)
+        at = folded(n_out, n_in, len(self.coefficients), self.config.random_loc_seed, self.coefficients.device)
+        return Cosines.apply(self.coefficients * (self.config.scaling / (n_out * n_in)), at, n_out, n_in, dtype)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         return F.linear(x, self.formed(x.dtype, W))

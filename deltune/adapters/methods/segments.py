@@ -184,6 +184,7 @@ class Adamss(Delta):
         out, width = self.site.n_out, self.site.n_in + self.site.has_bias
         self.r = min(self.config.rank, out, width)
         self.count = min(self.config.num_subspaces, out)
+        self.in_product_form = not self.site.has_bias  # whose change goes by the same factors
         rho = self.config.subspace_rank
         self.adamss_A = nn.Parameter(torch.empty(self.count, rho, self.r, **self.storage))
         self.adamss_B = nn.Parameter(torch.empty(out, rho, **self.storage))
