@@ -20,7 +20,8 @@ def scratch(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     held: dict[Any, Tensor] = vars(_HELD)
     key, size = f"{name} {dtype} {like.device}", math.prod(shape)
     if key not in held or held[key].numel() < size:
-        held[key] = torch.empty(size, dtype=dtype, device=like.device)
+        with torch.inference_mode(False):  # training may come after an evaluation
+            held[key] = torch.empty(size, dtype=dtype, device=like.device)
     return held[key][:size].view(shape)
 
 
