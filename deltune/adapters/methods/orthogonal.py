@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deltune.adapters import dense
 from deltune.adapters.config import AdapterConfig
 from deltune.adapters.delta import Base, Delta, PeftFormat
 from deltune.adapters.magnitude import Stretched
 from deltune.config.fields import option
 from deltune.errors import AdapterError
-from deltune.weights.scratch import copied, scratch
+from deltune.weights.scratch import copied
 
 DELTAS = {"oft": "OftConfig", "boft": "BoftConfig"}
 
@@ -195,31 +196,36 @@ def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
 
 
 class TurnedBlocks(torch.autograd.Function):
-    """x + x·blockdiag(D) [..., in] for D [n, b, b], computed in x's type: x is all that it keeps. Products of blocks that lie
-    apart are slow, so the blocks are brought together first, in memory that is used again."""
+    """x + x·blockdiag(D) [..., in] for D [n, b, b], computed in x's type: x is all that it keeps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, D: Tensor) -> Tensor:
         ctx.save_for_backward(x, D)
-        return _turned(_together("blocks", x, D), D).transpose(0, 1).reshape(x.shape)
+        return _turned(x, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, D = ctx.saved_tensors
-        z = _together("gradient's blocks", g, D)
-        to_D = torch.bmm(_together("blocks", x, D).mT, z).to(D.dtype) if ctx.needs_input_grad[1] else None
-        return _turned(z, D.mT).transpose(0, 1).reshape(g.shape) if ctx.needs_input_grad[0] else None, to_D
+        to_D = None
+        if ctx.needs_input_grad[1]:
+            blocks = [_blocks(tensor, D) for tensor in (x, g)]
+            if dense.is_short(x.dtype) and x.device.type == "cpu":  # there a product over tokens that lie apart is slow
+                blocks = [copied(name, z) for name, z in zip(("blocks", "gradient's blocks"), blocks, strict=True)]
+            to_D = torch.bmm(blocks[0].mT, blocks[1]).to(D.dtype)
+        return _turned(g, D.mT) if ctx.needs_input_grad[0] else None, to_D
 
 
-def _together(name: str, x: Tensor, D: Tensor) -> Tensor:
-    """x [..., in] as blocks [n, tokens, b], in memory of that name."""
-    return copied(name, x.reshape(-1, *D.shape[:2]).transpose(0, 1))
+def _blocks(x: Tensor, D: Tensor) -> Tensor:
+    """[..., in] as [n, tokens, b]."""
+    return x.reshape(-1, *D.shape[:2]).transpose(0, 1)
 
 
-def _turned(z: Tensor, D: Tensor) -> Tensor:
-    """z + z D for blocks z [n, tokens, b]."""
-    return torch.baddbmm(z, z, D.to(z.dtype), out=scratch("turned blocks", z, z.dtype, *z.shape))
+def _turned(x: Tensor, D: Tensor) -> Tensor:
+    """x + x·blockdiag(D), into one new tensor."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    _blocks(y, D).baddbmm_(_blocks(x, D), D.to(x.dtype))
+    return y
 
 
 class Blocks(Delta):
