@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters import draw
 from deltune.adapters.config import AdapterConfig, RankedConfig
@@ -114,7 +115,19 @@ class RidgeLora(Ranked):
     def diagonal(self) -> Tensor:
         return self.ridge_kappa * self.ridge_rho - (self.first_rho if self.config.exact else 1)
 
+    def forms_delta(self, x: Tensor) -> bool:
+        return True
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        W, b, A, B = base.stored(), base.bias(), self.ridge_A, self.ridge_B
+        if self.config.exact:  # B·A − B₀·A₀ as B·(A − A₀) + (B − B₀)·A₀: zeros at the start
+            A, B = torch.cat([A - self.first_A, self.first_A]), torch.cat([B, B - self.first_B], 1)
+        own = (self.diagonal(), A, B * self.scale)
+        return Turned.apply(x, W, None if b is None else b.to(x.dtype), *(t.to(x.dtype) for t in own))
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.goes_in_one(x) and base.bare:
+            return self.in_one(x, base)
         seen = base.drop(x)
         change = self.branch(seen, self.ridge_A, self.ridge_B)
         if self.config.exact:
@@ -133,6 +146,27 @@ class RidgeLora(Ranked):
             return None
         T = torch.diag(self.ridge_kappa * self.ridge_rho - 1) + (self.ridge_B * self.scale) @ self.ridge_A
         return self.config.beta * torch.linalg.matrix_norm(T, ord="nuc")
+
+
+class Turned(torch.autograd.Function):
+    """W(x + d ⊙ x + B A x) + b for x [..., in], d [in], A [r, in] and B [in, r]; W and b have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, d: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        z = flat @ A.T
+        ctx.save_for_backward(x, W, d, A, B, z)
+        return F.linear(torch.addcmul(flat, flat, d).addmm_(z, B.T).view(x.shape), W, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, d, A, B, z = ctx.saved_tensors
+        flat, by_turned = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]) @ W
+        by_z, spare = by_turned @ B, by_turned * flat
+        by_d = spare.sum(0)
+        dx = torch.addcmul(by_turned, by_turned, d, out=spare).addmm_(by_z, A).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, by_d, by_z.T @ flat, (z.T @ by_turned).T
 
 
 # ---------------------------------------------------------------- PEANuT
