@@ -114,17 +114,28 @@ SEGMENT = 1024  # butterflies that stay within so many inputs are multiplied wit
 
 
 @functools.cache
-def _upper(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _upper(size: int, device: torch.device) -> Tensor:
+    """Where the entries above the diagonal of a matrix [size, size] lie, row by row, flat."""
     rows, columns = torch.triu_indices(size, size, 1, device=device)
-    return rows, columns
+    return rows * size + columns
+
+
+class Skew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, size: int) -> Tensor:
+        ctx.upper = _upper(size, values.device)
+        Q = values.new_zeros(*values.shape[:-1], size * size).index_copy_(-1, ctx.upper, values).unflatten(-1, (size, size))
+        return Q - Q.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient - gradient.mT).flatten(-2).index_select(-1, ctx.upper), None
 
 
 def skew(values: Tensor, size: int) -> Tensor:
-    """Q [n, size, size] from what stands above its diagonals [n, size(size − 1)/2], row by row."""
-    rows, columns = _upper(size, values.device)
-    upper = values.new_zeros(*values.shape[:-1], size, size)
-    upper[..., rows, columns] = values
-    return upper - upper.mT
+    """Q [..., size, size] from what stands above its diagonals [..., size(size − 1)/2], row by row."""
+    return Skew.apply(values, size)
 
 
 @functools.cache
@@ -223,9 +234,13 @@ def _blocks(x: Tensor, D: Tensor) -> Tensor:
 
 def _turned(x: Tensor, D: Tensor) -> Tensor:
     """x + x·blockdiag(D), into one new tensor."""
-    y = x.clone(memory_format=torch.contiguous_format)
-    _blocks(y, D).baddbmm_(_blocks(x, D), D.to(x.dtype))
-    return y
+    if dense.is_short(x.dtype):  # where x D is not to be rounded by itself
+        y = x.clone(memory_format=torch.contiguous_format)
+        _blocks(y, D).baddbmm_(_blocks(x, D), D.to(x.dtype))
+        return y
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.bmm(_blocks(x, D), D.to(x.dtype), out=_blocks(y, D))
+    return y.add_(x)
 
 
 class Blocks(Delta):
