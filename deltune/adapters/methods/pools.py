@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters import draw
 from deltune.adapters.bank import Bank
 from deltune.adapters.config import AdapterConfig, RankedConfig
-from deltune.adapters.delta import Delta
+from deltune.adapters.delta import Base, Delta
 from deltune.adapters.layers import Site
+from deltune.adapters.nodes import ACTIVATIONS
 from deltune.adapters.ranked import Ranked
 from deltune.config.fields import option
 from deltune.errors import AdapterError
@@ -169,6 +172,39 @@ class DenseLora(Ranked):
         z = F.dropout(F.gelu(F.linear(x, self.pair.A.to(x.dtype))), rate)
         z = F.linear(z, self.M.to(x.dtype))
         return F.dropout(F.gelu(F.linear(z, self.pair.B.to(x.dtype))), rate) * self.scale
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return True
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        b, factors = base.bias(), (self.pair.A, self.M, self.pair.B)
+        return Decoded.apply(x, base.stored(), None if b is None else b.to(x.dtype), *(t.to(x.dtype) for t in factors), self.scale)
+
+
+class Decoded(torch.autograd.Function):
+    """W x + b + s·GELU(B·M·GELU(A·x)) for x [..., in]. Nothing as wide as the output is kept; W and b have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, M: Tensor, B: Tensor, scale: float) -> Tensor:
+        y = F.linear(x, W, b)
+        a = x.reshape(-1, x.shape[-1]) @ A.T
+        z = F.gelu(a) @ M.T
+        y.view(-1, y.shape[-1]).add_(F.gelu(z @ B.T), alpha=scale)
+        ctx.save_for_backward(x, W, A, M, B, a, z)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, M, B, a, z = ctx.saved_tensors
+        flat, wide, gelu = g.reshape(-1, g.shape[-1]), z @ B.T, ACTIVATIONS["gelu"]
+        by_wide = gelu.backward(flat, wide, wide)
+        by_z = by_wide @ (B * ctx.scale)
+        by_a = gelu.backward(by_z @ M, a, torch.empty_like(a))
+        dx = (flat @ W).addmm_(by_a, A).view(x.shape) if ctx.needs_input_grad[0] else None
+        by_B = (z.T @ by_wide).T * ctx.scale
+        return dx, None, None, by_a.T @ x.reshape(-1, x.shape[-1]), by_z.T @ F.gelu(a), by_B, None
 
 
 # ---------------------------------------------------------------- BSLoRA
