@@ -34,6 +34,7 @@ from benchmarks.work import adapter_folder, even_rows, lognormal_rows, make_mode
 OUT = Path(__file__).parent / "results"
 CARD_PEAK = 989e12  # FLOP/s of an H200 in dense bfloat16, by its data sheet
 FIRST_PATIENCE = 600.0  # seconds; a compiled model's first step takes minutes
+DRAWN_PATIENCE = 2400.0  # one core draws and quantises 1.1 B values in 14 s, 70 B in 15 minutes
 
 
 class Suite:
@@ -151,7 +152,7 @@ class Suite:
 
     def start(self, label: str, candidate: Candidate, case: Case, model: Path, rows: Path) -> Process:
         log = Path(self.scratch.name) / f"{label.replace(' ', '-').replace(',', '')}.log"
-        return Process(self.words(candidate, case, model, rows), log, nursery=self.nursery(candidate.kind), patience=FIRST_PATIENCE)
+        return Process(self.words(candidate, case, model, rows), log, nursery=self.nursery(candidate.kind), patience=DRAWN_PATIENCE if case.drawn else FIRST_PATIENCE)
 
     # -- turns --------------------------------------------------------------------------------------------------
 
