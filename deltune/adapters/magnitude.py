@@ -38,10 +38,11 @@ class Stretched(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         h, d, bias = ctx.saved_tensors
         # sums are formed in float32 and rounded once; asking for a float32 result is several times slower on a CPU
-        grad_d = (g * h).reshape(-1, len(d)).sum(0).to(d.dtype)
+        spare = g * h
+        grad_d = spare.reshape(-1, len(d)).sum(0).to(d.dtype)
         if bias is not None:
             grad_d = grad_d - bias.to(d.dtype) * g.reshape(-1, len(d)).sum(0).to(d.dtype)
-        return torch.addcmul(g, g, d.to(g.dtype)), grad_d, None
+        return torch.addcmul(g, g, d.to(g.dtype), out=spare), grad_d, None
 
 
 class Magnitude(Delta):
