@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltune.adapters import dense, draw
 from deltune.adapters.config import AdapterConfig, RankedConfig
 from deltune.adapters.delta import Base, Delta
 from deltune.adapters.ranked import Ranked
 from deltune.config.fields import option
+from deltune.weights.scratch import scratch
 
 DELTAS = {"sinelora": "SineLoraConfig", "loran": "LoranConfig", "loda": "LodaConfig", "aurora": "AuroraConfig"}
 
@@ -267,7 +269,65 @@ class Loran(Entrywise):
 # ---------------------------------------------------------------- on activations
 
 
-class Loda(Factored):
+class Above(torch.autograd.Function):
+    """x Wᵀ + b + z Bᵀ + f(h Bᵀ) [tokens, out] for z and h [tokens, rank], either of which may be None; f is LeakyReLU.
+
+    W and b are frozen. Keeps nothing as wide as its output: f's argument is formed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, z: Tensor | None, h: Tensor | None, slope: float) -> Tensor:
+        dtype, B = B.dtype, B.to(x.dtype)
+        ctx.save_for_backward(W, B, z, h)
+        ctx.slope, ctx.dtype = slope, dtype
+        y = F.linear(x, W, b)
+        if h is not None:
+            y += F.leaky_relu_(torch.mm(h, B.T, out=scratch("curved", y, y.dtype, *y.shape)), slope)
+        return y if z is None else y.addmm_(z, B.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, B, z, h = ctx.saved_tensors
+        to_x = grad @ W if ctx.needs_input_grad[0] else None
+        parts = []
+        to_z = to_h = None
+        if z is not None:
+            to_z = grad @ B
+            parts.append(z.T @ grad)  # this way round it is the faster product
+        if h is not None:
+            argument = torch.mm(h, B.T, out=scratch("curved", grad, grad.dtype, *grad.shape))
+            inner = torch.ops.aten.leaky_relu_backward.grad_input(grad, argument, ctx.slope, False, grad_input=argument)
+            to_h = inner @ B
+            parts.append(h.T @ inner)
+        return to_x, None, None, sum(parts[1:], parts[0]).T.to(ctx.dtype), to_z, to_h, None
+
+
+class Curved(Factored):
+    """ΔW(x) = B·z + f(B·h) with z and h [..., rank] made of x."""
+
+    def narrow(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(z, h) in x's type, each None where there is none."""
+        raise NotImplementedError
+
+    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+        (z, h), B = self.narrow(x), self.lora_B.to(x.dtype)
+        curved = None if h is None else F.leaky_relu(F.linear(h, B), self.config.slope, inplace=True)
+        if z is None:
+            return curved
+        return F.linear(z, B) if curved is None else curved + F.linear(z, B)
+
+    def forms_delta(self, x: Tensor) -> bool:
+        return not torch.compiler.is_compiling()  # nothing as wide as W; but `in_one` is the faster way all the same
+
+    def in_one(self, x: Tensor, base: Base) -> Tensor:
+        b, flat = base.bias(), x.reshape(-1, x.shape[-1])
+        slope = self.config.slope if isinstance(self, Loda) else 0.0
+        y = Above.apply(flat, base.stored(), None if b is None else b.to(x.dtype), self.lora_B, *self.narrow(flat), slope)
+        return y.view(*x.shape[:-1], self.site.n_out)
+
+
+class Loda(Curved):
     """ΔW(x) = s·f(B·h), h = f(M₂·f(M₁·f(A·x))), and s·B·A·x besides with `plus`. One dropout mask for both terms."""
 
     mergeable = False
@@ -284,14 +344,12 @@ class Loda(Factored):
         for mixer in (self.mixer_1, self.mixer_2):
             mixer.copy_(draw.kaiming(mixer.shape, generator))
 
-    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
-        slope, B = self.config.slope, self.lora_B.to(x.dtype)
+    def narrow(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         z = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # f(s·z) = s·f(z) for s > 0
-        h = F.leaky_relu(z, slope)
+        h = F.leaky_relu(z, self.config.slope)
         for mixer in (self.mixer_1, self.mixer_2):
-            h = F.leaky_relu(F.linear(h, mixer.to(x.dtype)), slope)
-        curved = F.leaky_relu(F.linear(h, B), slope, inplace=True)
-        return curved + F.linear(z, B) if self.config.plus else curved
+            h = F.leaky_relu(F.linear(h, mixer.to(x.dtype)), self.config.slope)
+        return z if self.config.plus else None, h
 
 
 CELLS = 5  # of the grid on [−1, 1]
@@ -299,15 +357,37 @@ ORDER = 3  # of the splines
 BASES = CELLS + ORDER
 
 
-def cubic_splines(z: Tensor) -> Tensor:
-    """The values [..., 8] of the cubic B-splines with equal cells on [−1, 1], each zero but for four cells."""
-    step = 2 / CELLS
-    middles = torch.arange(BASES, device=z.device, dtype=z.dtype) * step - 1 - step
-    away = ((z.unsqueeze(-1) - middles) / step).abs()
-    return (F.relu(2 - away) ** 3 - 4 * F.relu(1 - away) ** 3) / 6
+class CubicSplines(torch.autograd.Function):
+    """Σᵢ b(zᵢ) [..., 8] over the last dimension of z: the cubic B-splines with equal cells on [−1, 1], each zero but for four
+    cells. Keeps z alone; within, the splines are the first dimension, which leaves long rows to go through."""
+
+    STEP = 2 / CELLS
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        _, wide, narrow = CubicSplines.distances(z)
+        found = (wide * wide).mul_(wide).sub_((narrow * narrow).mul_(narrow), alpha=4)
+        return (found.sum(-1) / 6).movedim(0, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        away, wide, narrow = CubicSplines.distances(z)
+        slopes = wide.square_().sub_(narrow.square_(), alpha=4).mul_(away.sign_()).mul_(grad.movedim(-1, 0).unsqueeze(-1))
+        return slopes.sum(0).mul_(-0.5 / CubicSplines.STEP)
+
+    @staticmethod
+    def distances(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How many cells z is away from each spline's middle [8, ...], and what that lacks of two cells and of one, if anything."""
+        middles = torch.arange(BASES, device=z.device, dtype=z.dtype) - (1 + CubicSplines.STEP) / CubicSplines.STEP
+        away = z / CubicSplines.STEP - middles.view(-1, *[1] * z.ndim)
+        near = away.abs()
+        return away, (2 - near).clamp_min_(0), (1 - near).clamp_min_(0)
 
 
-class Aurora(Factored):
+class Aurora(Curved):
     """ΔW(x) = s·B·σ(A·x), σ(z) = tanh(H·tanh z) + C·Σᵢ b(zᵢ); static: s·B·σ(A)·x, with σ on each column of A."""
 
     mergeable = False
@@ -336,15 +416,15 @@ class Aurora(Factored):
         """σ on the last dimension [..., rank]; in float32 at least, for z is small and the splines are steep."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         H, C = self.aurora_H.to(z.dtype), self.aurora_C.to(z.dtype)
-        return torch.tanh(F.linear(torch.tanh(z), H)) + F.linear(cubic_splines(z).sum(-2), C)
+        return torch.tanh(F.linear(torch.tanh(z), H)) + F.linear(CubicSplines.apply(z), C)
 
     def product(self) -> tuple[Tensor, Tensor, float]:
         """What a merge adds; the trained function itself only with mode=static."""
         return self.lora_B, self.curve(self.lora_A.T).T, self.scale
 
-    def out(self, x: Tensor, W: Tensor | None) -> Tensor:
+    def narrow(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.config.mode == "static":
             z = F.linear(x, self.curve(self.lora_A.T).T.to(x.dtype))
         else:
             z = self.curve(F.linear(x, self.lora_A.to(x.dtype))).to(x.dtype)
-        return F.linear(z * self.scale, self.lora_B.to(x.dtype))
+        return z * self.scale, None
