@@ -198,8 +198,9 @@ def wider(D: Tensor) -> Tensor:
 
 def turn_blocks(x: Tensor, D: Tensor) -> Tensor:
     """x + x·blockdiag(D) [..., in] for D [n, b, b], or [1, b, b] for the same in every block."""
-    D = wider(D) if D.shape[0] > 1 else D
     n, b, _ = D.shape
+    if n > 1 and x.numel() >= WIDE * n * b:  # wider blocks have more entries than fewer rows of x
+        D = wider(D)
     if n == 1:
         z = x.reshape(-1, b)
         return torch.addmm(z, z, D[0].to(x.dtype)).view(x.shape)
