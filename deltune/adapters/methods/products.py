@@ -192,9 +192,10 @@ def factor_shapes(site: Site, factor: int) -> tuple[tuple[int, int], tuple[int, 
 
 def kronecker_out(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """(left ⊗ right) x for x [..., m·n], left [l, m] and right [k, n]: [..., l·k]."""
-    z = F.linear(x.unflatten(-1, (left.shape[1], right.shape[1])), right.to(x.dtype))  # [..., m, k]
-    # contiguous, because torch multiplies a strided input in another order when gradients are off
-    return F.linear(z.mT.contiguous(), left.to(x.dtype)).mT.flatten(-2)
+    z = F.linear(x.reshape(-1, left.shape[1], right.shape[1]), right.to(x.dtype))  # [tokens, m, k]
+    # a product for each token: small ones, but nothing is transposed for them. The factor is cast once it is spread, so that
+    # its gradient is summed over the tokens in its own type
+    return torch.bmm(left.expand(len(z), -1, -1).to(x.dtype), z).view(*x.shape[:-1], -1)
 
 
 FACTOR_HELP = "Size of the first factor's sides where it divides the layer's, else the largest divisor up to it; -1: near the square root."
