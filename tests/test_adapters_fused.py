@@ -154,6 +154,21 @@ def test_a_fused_start_changes_nothing_or_no_more_than_the_plain_one(method):
             assert torch.equal(fast(IDS).logits, before)
 
 
+@pytest.mark.parametrize(("blocks", "dtype", "formed"), [(2, torch.float32, True), (8, torch.float32, False), (8, torch.bfloat16, True)])
+def test_blocks_with_many_zeros_between_them_are_computed_apart(blocks, dtype, formed):
+    for method, rank in (("melora", 8), ("gralora", 8)):
+        plain, fast = pair(method=method, base=dtype, blocks=blocks, rank=rank)
+        assert ("FeedForwardNodeBackward" in nodes_of(fast(IDS).logits)) == formed
+        check_same(plain, fast, 2e-6 if dtype == torch.float32 else 0.05)
+
+
+def test_reflections_of_a_text_that_is_generated_are_made_by_themselves():
+    plain, fast = pair(method="hra", base=torch.float64)
+    assert "FeedForwardNodeBackward" in nodes_of(fast(IDS).logits)
+    with torch.no_grad():
+        assert torch.equal(fast(IDS[:, :1]).logits, plain(IDS[:, :1]).logits)
+
+
 @pytest.mark.parametrize("method", ["lora", "pissa", "dora", "dude"])
 def test_in_bfloat16_it_is_no_farther_from_float32_than_the_plain_step(method):
     plain, fast = pair(method=method, base=torch.bfloat16)
