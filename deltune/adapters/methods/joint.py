@@ -29,7 +29,7 @@ METHODS = {
         "paper": "arXiv:2512.23485",
         "formula": "W' = U(diag(λ) + S)Vᵀ, where W = U·diag(λ)·Vᵀ with one V for the layers of a category; S sparse, 0 at the start",
         "small": {"sparse_rate": 0.05},
-        "note": "The released layer adds U(diag(λ) + S)Vᵀ to W, and so starts at 2W; here, as in PEFT, it takes W's place. S learns at a tenth of λ's rate (5e-5 and 5e-4). In a checkpoint every layer's U is as large as the layer. A step is bound by products with U, S and Vᵀ, each as dear as one with W, and by the gradient of a core as wide as the input.",
+        "note": "The released layer adds U(diag(λ) + S)Vᵀ to W, and so starts at 2W; here, as in PEFT, it takes W's place. S learns at a tenth of λ's rate (5e-5 and 5e-4). In a checkpoint every layer's U is as large as the layer. A step is bound by products with U and Vᵀ, each as dear as one with W or dearer, and but in float32 on a CPU, where S is multiplied at its places alone, by those with a core as wide as the input.",
     },
 }
 
