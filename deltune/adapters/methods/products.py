@@ -157,8 +157,7 @@ class Loha(Ranked):
 
     def forms_delta(self, x: Tensor) -> bool:
         n_in, n_out = self.site.n_in, self.site.n_out
-        # an entry takes two products of rank r and their gradients, and some steps by itself, which are slow: as 64
-        forming = (6 * self.rank + 64) * n_in * n_out
+        forming = (6 * self.rank + 64) * n_in * n_out  # products of rank r and their gradients, and slow steps of an entry: as 64
         return not self.is_cheap_as_product or self.pays_to_form(x, apart=3 * self.rank**2 * (n_in + n_out), forming=forming)
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
@@ -193,8 +192,7 @@ def factor_shapes(site: Site, factor: int) -> tuple[tuple[int, int], tuple[int, 
 def kronecker_out(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """(left ⊗ right) x for x [..., m·n], left [l, m] and right [k, n]: [..., l·k]."""
     z = F.linear(x.reshape(-1, left.shape[1], right.shape[1]), right.to(x.dtype))  # [tokens, m, k]
-    # a product for each token: small ones, but nothing is transposed for them. The factor is cast once it is spread, so that
-    # its gradient is summed over the tokens in its own type
+    # small products, but nothing is transposed; cast once it is spread, a factor's gradient is summed in its own type
     return torch.bmm(left.expand(len(z), -1, -1).to(x.dtype), z).view(*x.shape[:-1], -1)
 
 
@@ -242,6 +240,7 @@ class Lokr(Ranked):
     s = α/r also where both are whole, as in PEFT (LyCORIS takes 1 there).
     """
 
+    widens = "the first factor is spread over the tokens, and its gradient, a matrix for each, is summed in float32"
     peft = PeftFormat(
         type="LOKR",
         write=lambda config: _ranked_to_peft(config) | {
@@ -274,8 +273,7 @@ class Lokr(Ranked):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        # of a decomposed factor one half is zero: w1's first, w2's second, as in PEFT
-        zero = ("lokr_w1", "lokr_w1_a") if self.config.zero == "first" else ("lokr_w2", "lokr_w2_b")
+        zero = ("lokr_w1", "lokr_w1_a") if self.config.zero == "first" else ("lokr_w2", "lokr_w2_b")  # of two halves one, as in PEFT
         for name, parameter in self.named_parameters():
             if name in zero:
                 parameter.zero_()
@@ -295,6 +293,8 @@ class Lokr(Ranked):
 
 class Krona(Delta):
     """ΔW = s·A⊗B, both whole. A starts at zero."""
+
+    widens = Lokr.widens
 
     def build(self) -> None:
         first, second = factor_shapes(self.site, self.config.factor)
