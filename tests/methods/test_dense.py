@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from deltune.adapters import dense
 from deltune.adapters.attach import attach, trainable
 from deltune.adapters.config import named
-from deltune.adapters.entries import Entries
-from deltune.adapters.methods.frequency import Cosines
+from deltune.adapters.entries import Entries, permuted
+from deltune.adapters.methods.frequency import Cosines, folded
 from deltune.adapters.methods.tiles import Circulant
 from deltune.adapters.wrapper import wrappers
 from tests.methods.test_products import adapted, layer
@@ -149,10 +149,19 @@ def test_a_change_below_the_weights_rounding_acts(dtype):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (6, 8), (1, 4), (4, 1), (5, 8)])
-def test_the_gradient_of_formed_waves_is_that_of_their_sum(shape):
-    places = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(0))[:3]
-    c = torch.randn(len(places), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda c: Cosines.apply(c, places, *shape, torch.float64), c)
+def test_formed_waves_and_their_gradient_are_those_of_the_sum(shape):
+    n_out, n_in = shape
+    c = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    at = folded(*shape, 3, 0, torch.device("cpu"))
+
+    def formed(c):
+        return Cosines.apply(c, at, *shape, torch.float64)
+
+    places = permuted(n_out * n_in, 3, 0)
+    p, q = places // n_in, places % n_in
+    turns = p * torch.arange(n_out)[:, None, None] / n_out + q * torch.arange(n_in)[None, :, None] / n_in
+    assert torch.allclose(formed(c), (torch.cos(2 * torch.pi * turns.double()) * c).sum(-1))
+    assert torch.autograd.gradcheck(formed, c)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 5), (3, 2, 1)])
