@@ -159,8 +159,8 @@ def test_formed_waves_and_their_gradient_are_those_of_the_sum(shape):
 
     places = permuted(n_out * n_in, 3, 0)
     p, q = places // n_in, places % n_in
-    turns = p * torch.arange(n_out)[:, None, None] / n_out + q * torch.arange(n_in)[None, :, None] / n_in
-    assert torch.allclose(formed(c), (torch.cos(2 * torch.pi * turns.double()) * c).sum(-1))
+    turns = p * torch.arange(n_out)[:, None, None].double() / n_out + q * torch.arange(n_in)[None, :, None].double() / n_in
+    assert torch.allclose(formed(c), (torch.cos(2 * torch.pi * turns) * c).sum(-1))
     assert torch.autograd.gradcheck(formed, c)
 
 
