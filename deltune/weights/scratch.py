@@ -15,8 +15,9 @@ _HELD = threading.local()
 
 def scratch(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """An unfilled tensor on the device of `like`; what `name` gave before may be the same memory."""
-    if like.is_meta:
-        return torch.empty(shape, dtype=dtype, device=like.device)  # an account of memory must not depend on earlier ones
+    # an account of memory must not depend on earlier ones, and a compiler plans memory by itself
+    if like.is_meta or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=like.device)
     held: dict[Any, Tensor] = vars(_HELD)
     key, size = f"{name} {dtype} {like.device}", math.prod(shape)
     if key not in held or held[key].numel() < size:
