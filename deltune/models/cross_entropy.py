@@ -22,7 +22,7 @@ from torch import Tensor
 from deltune.models.filler import rounded
 
 # Bytes of one chunk of logits, and the rows that it has in any case: with fewer the weight is read too often (docs/loss.md).
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
 MIN_ROWS = 256
 # Bytes of the float32 block on which exponents are taken; on a CPU half of a core's second-level cache, for each thread.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
