@@ -98,8 +98,10 @@ def test_kernels_of_shapes_that_do_not_come_back_are_let_go(monkeypatch):
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    os.environ.pop("LRU_CACHE_CAPACITY", None)
     Engine(Single(device="cpu")).close()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(KERNELS_KEPT)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "1", "torch keeps the same kernels a second time, with their scratch memory"
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "7"
     Engine(Single(device="cpu")).close()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

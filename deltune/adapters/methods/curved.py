@@ -304,7 +304,9 @@ class Above(torch.autograd.Function):
 
 
 class Curved(Factored):
-    """ΔW(x) = B·z + f(B·h) with z and h [..., rank] made of x."""
+    """ΔW(x) = B·z + f(B·h) with z and h [..., rank] made of x, f LeakyReLU."""
+
+    slope = 0.0  # of f below zero; not asked for where there is no h
 
     def narrow(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(z, h) in x's type, each None where there is none."""
@@ -312,7 +314,7 @@ class Curved(Factored):
 
     def out(self, x: Tensor, W: Tensor | None) -> Tensor:
         (z, h), B = self.narrow(x), self.lora_B.to(x.dtype)
-        curved = None if h is None else F.leaky_relu(F.linear(h, B), self.config.slope, inplace=True)
+        curved = None if h is None else F.leaky_relu(F.linear(h, B), self.slope, inplace=True)
         if z is None:
             return curved
         return F.linear(z, B) if curved is None else curved + F.linear(z, B)
@@ -322,8 +324,7 @@ class Curved(Factored):
 
     def in_one(self, x: Tensor, base: Base) -> Tensor:
         b, flat = base.bias(), x.reshape(-1, x.shape[-1])
-        slope = self.config.slope if isinstance(self, Loda) else 0.0
-        y = Above.apply(flat, base.stored(), None if b is None else b.to(x.dtype), self.lora_B, *self.narrow(flat), slope)
+        y = Above.apply(flat, base.stored(), None if b is None else b.to(x.dtype), self.lora_B, *self.narrow(flat), self.slope)
         return y.view(*x.shape[:-1], self.site.n_out)
 
 
@@ -344,11 +345,15 @@ class Loda(Curved):
         for mixer in (self.mixer_1, self.mixer_2):
             mixer.copy_(draw.kaiming(mixer.shape, generator))
 
+    @property
+    def slope(self) -> float:
+        return self.config.slope
+
     def narrow(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         z = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # f(s·z) = s·f(z) for s > 0
-        h = F.leaky_relu(z, self.config.slope)
+        h = F.leaky_relu(z, self.slope)
         for mixer in (self.mixer_1, self.mixer_2):
-            h = F.leaky_relu(F.linear(h, mixer.to(x.dtype)), self.config.slope)
+            h = F.leaky_relu(F.linear(h, mixer.to(x.dtype)), self.slope)
         return z if self.config.plus else None, h
 
 
